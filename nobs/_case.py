@@ -1,0 +1,159 @@
+"""A failing history, and the two questions that every diagnosis asks of it, answered for all taps at once.
+
+Which values are *bad* (NaN, Inf), and which have left their own *band* (norms far above the median of the quiet part of the
+window)? The order of events inside a step is the order of computation: parameters, outputs forward, the loss, gradients
+backward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._columns import ABSMAX, FIRST, NAN, NEGINF, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, POSINF
+from ._schema import Failure, History, Tap
+
+BAND = 3.0
+"""A norm this many times its own median has left its band ..."""
+SPREADS = 5.0
+"""... unless it scatters so much by itself: this many median absolute deviations of its logarithm."""
+
+_PHASES = {PARAMETER: (0, 0, 1), OUTPUT: (1, 0, 1), OUTPUT_GRAD: (3, 0, -1), PARAMETER_GRAD: (3, 1, -1)}
+"""kind -> (phase of the step, place within the phase, direction); phase 2 is the loss."""
+
+
+@dataclass(frozen=True, order=True)
+class Event:
+    """A tap that went wrong, ordered as computation is: by step, then phase, then place in the phase."""
+
+    row: int
+    phase: int
+    place: float
+    kind: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A history up to the failing step, and what all rules ask of it."""
+
+    history: History
+    failure: Failure | None
+
+    @cached_property
+    def end(self) -> int:
+        """The row of the failing step; the last one where no trigger failed."""
+        if self.failure is None:
+            return len(self.history) - 1
+        return int(np.searchsorted(self.history.steps, self.failure.step).clip(0, len(self.history) - 1))
+
+    @cached_property
+    def values(self) -> NDArray[np.float64]:
+        return self.history.values[: self.end + 1].astype(np.float64)
+
+    @cached_property
+    def place(self) -> dict[str, float]:
+        """layer -> its place in execution; one that never ran itself stands where its parent does."""
+        known = {layer.name: float(layer.order) for layer in self.history.layers if layer.order is not None}
+        return {layer.name: _inherited(layer.name, known) for layer in self.history.layers}
+
+    def tap(self, event: Event) -> Tap:
+        return self.history.table.taps[event.line]
+
+    def step(self, event: Event) -> int:
+        return int(self.history.steps[event.row])
+
+    def event(self, row: int, line: int) -> Event:
+        tap = self.history.table.taps[line]
+        phase, kind, sign = {PARAMETER: (0, 0, 1), OUTPUT: (1, 0, 1), OUTPUT_GRAD: (3, 0, -1), PARAMETER_GRAD: (3, 1, -1)}[
+            tap.kind
+        ]
+        return Event(row, phase, sign * self.place[tap.layer], kind, line)
+
+    @cached_property
+    def bad(self) -> NDArray[np.bool_]:
+        """[T, taps]: NaN or Inf where none may be; -Inf in an output is what masks are made of."""
+        ran = np.isfinite(self.values[..., FIRST])
+        bad = self.values[..., NAN] + self.values[..., POSINF] > 0
+        masks = np.zeros(len(self.history.table), dtype=np.bool_)
+        masks[self.history.table.of_kind[OUTPUT]] = True
+        return ran & (bad | ((self.values[..., NEGINF] > 0) & ~masks))
+
+    @cached_property
+    def first_bad(self) -> Event | None:
+        """The very first tap with a NaN or an Inf."""
+        rows = np.flatnonzero(self.bad.any(axis=1))
+        if not rows.size:
+            return None
+        return min(self.event(int(rows[0]), int(line)) for line in np.flatnonzero(self.bad[rows[0]]))
+
+    @cached_property
+    def logs(self) -> NDArray[np.float64]:
+        """[T, taps]: log10 of the norm; NaN where the tap did not run or was zero."""
+        norm = np.where(np.isfinite(self.values[..., NORM]), self.values[..., NORM], self.values[..., ABSMAX])
+        return np.log10(np.where(np.isfinite(self.values[..., FIRST]) & (norm > 0), norm, np.nan))
+
+    @cached_property
+    def quiet(self) -> NDArray[np.float64]:
+        """[taps]: the median of `logs` over the window's first half; NaN without one."""
+        return _median(self.logs[: max(1, self.end // 2)])
+
+    @cached_property
+    def onset(self) -> NDArray[np.int64]:
+        """[taps]: the row at which a tap left its band for good; -1 for those that are inside it at the end."""
+        scatter = _median(np.abs(self.logs[: max(1, self.end // 2)] - self.quiet))
+        outside = self.logs - self.quiet > np.maximum(math.log10(BAND), SPREADS * scatter)
+        back = np.flip(~outside, axis=0).argmax(axis=0)  # how many rows since it was last inside
+        back = np.where(outside.all(axis=0), len(outside), back)
+        return np.where(back > 0, len(outside) - back, -1)
+
+    @cached_property
+    def leavers(self) -> list[Event]:
+        """The taps that left their band, in the order in which they did."""
+        return sorted(self.event(int(self.onset[line]), int(line)) for line in np.flatnonzero(self.onset >= 0))
+
+    def share_out(self, until: int) -> float:
+        """The share of layers with gradients whose gradients or weights have left their band by a row."""
+        taps = self.history.table.taps
+        out = {taps[e.line].layer for e in self.leavers if e.row <= until and taps[e.line].kind != OUTPUT}
+        bearing = {tap.layer for i, tap in enumerate(taps) if tap.kind == PARAMETER_GRAD and np.isfinite(self.logs[:, i]).any()}
+        return len(out & bearing) / max(1, len(bearing))
+
+    def at_once(self) -> float:
+        """`share_out` soon after the first tap left its band: together, or one after the other?"""
+        return self.share_out(self.leavers[0].row + max(3, self.end // 10)) if self.leavers else 0.0
+
+    def times(self, line: int, row: int) -> str:
+        """How far a tap is above its median, in words."""
+        return f"{10 ** float(self.logs[row, line] - self.quiet[line]):.3g} times"
+
+    def neighbour(self, event: Event) -> str:
+        """The last clean tap of the same direction before an event, in words."""
+        kind = OUTPUT if event.phase <= 1 else OUTPUT_GRAD
+        lines = [int(i) for i in self.history.table.of_kind[kind] if np.isfinite(self.values[event.row, i, FIRST])]
+        before = [e for e in (self.event(event.row, line) for line in lines) if e < event and not self.bad[e.row, e.line]]
+        if not before:
+            return "nothing before it was recorded clean"
+        line = max(before).line
+        return f"{self.history.table.taps[line].layer} before it is clean (absmax {self.values[event.row, line, ABSMAX]:.3g})"
+
+    def learning_rate(self) -> NDArray[np.float64]:
+        """The learning rate up to the failing step, empty where none was recorded."""
+        lr = self.history.scalars.get("lr", np.empty(0))[: self.end + 1]
+        return lr[np.isfinite(lr)]
+
+
+def _inherited(name: str, known: dict[str, float]) -> float:
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return known.get(name, float(len(known)))
+
+
+def _median(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Median over steps, NaN where a tap has no value; np.nanmedian warns there."""
+    filled = np.where(np.isfinite(x).any(axis=0), x, 0)
+    return np.where(np.isfinite(x).any(axis=0), np.nanmedian(filled, axis=0), np.nan)

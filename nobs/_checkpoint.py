@@ -1,0 +1,29 @@
+"""The states of triggers on their way into a checkpoint and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def packed(state: Any) -> Any:
+    """NumPy arrays as tensors, which `torch.load(weights_only=True)` takes; anything else as it is."""
+    return _mapped(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
+
+
+def unpacked(state: Any) -> Any:
+    return _mapped(state, Tensor, lambda tensor: tensor.numpy().copy())
+
+
+def _mapped(state: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    if isinstance(state, kind):
+        return convert(state)
+    if isinstance(state, dict):
+        return {key: _mapped(value, kind, convert) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_mapped(value, kind, convert) for value in state]
+    return state

@@ -1,0 +1,63 @@
+"""The eight numbers of a line, and the statistics that are finished from them when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UnknownLayer, explain
+
+Floats = NDArray[np.floating[Any]]
+
+COLUMNS = ("norm", "absmax", "nan", "posinf", "neginf", "zeros", "elements", "first")
+"""The eight float32 of a line.
+
+`norm` (L2) and `absmax` are over the finite values; `nan`, `posinf`, `neginf` are counts; `zeros` is a fraction;
+`elements` the tensor's size; `first` the reading of the step's clock when the tap first ran, with the code of the dtype
+in sixteenths behind the point (see DTYPES), and infinity where the tap did not run.
+"""
+
+NORM, ABSMAX, NAN, POSINF, NEGINF, ZEROS, ELEMENTS, FIRST = range(len(COLUMNS))
+
+DTYPES = ("", "float32", "bfloat16", "float16", "float64", "complex64", "complex128", "complex32")
+"""A dtype's place here is its code in the `first` column; place 0 is any other."""
+
+OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD = KINDS = ("output", "output.grad", "parameter", "parameter.grad")
+
+
+def _nonfinite(v: Floats) -> Floats:
+    return v[..., NAN] + v[..., POSINF] + v[..., NEGINF]
+
+
+def _norm(v: Floats) -> Floats:
+    """NaN where not one value was finite: the other columns leave the non-finite out, and 0 would look healthy."""
+    return np.where(_nonfinite(v) >= v[..., ELEMENTS], np.nan, v[..., NORM])
+
+
+STATISTICS: Mapping[str, Callable[[Floats], Floats]] = {
+    "norm": _norm,
+    "rms": lambda v: _norm(v) / np.sqrt(np.maximum(v[..., ELEMENTS], 1)),
+    "absmax": lambda v: v[..., ABSMAX],
+    "nan": lambda v: v[..., NAN],
+    "posinf": lambda v: v[..., POSINF],
+    "neginf": lambda v: v[..., NEGINF],
+    "nonfinite": _nonfinite,
+    "zeros": lambda v: v[..., ZEROS],
+    "elements": lambda v: v[..., ELEMENTS],
+}
+"""Statistics by name, finished from the columns when they are read. To add one: a row here and a test."""
+
+
+def read(values: Floats, statistic: str) -> Floats:
+    """One statistic of lines `[..., 8]`, as float64 `[...]`; NaN where the tap did not run."""
+    try:
+        finish = STATISTICS[statistic]
+    except KeyError:
+        raise UnknownLayer(
+            explain(f"reading {statistic!r}", "no such statistic", f"one of {', '.join(STATISTICS)}", "'norm', say")
+        ) from None
+    values = values.astype(np.float64)
+    return np.where(np.isfinite(values[..., FIRST]), finish(values), np.nan)

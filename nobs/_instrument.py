@@ -1,0 +1,245 @@
+"""Put the taps into a model, and take them out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+from . import _names, _taps
+from ._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
+from ._gradients import GradientWatch
+from ._launch import disabled
+from ._row import LiveRow, rows_of
+from ._schema import Tap, TapTable
+from .errors import (
+    AlreadyInstrumented,
+    BadSetting,
+    NobsWarning,
+    NothingToRecord,
+    NotInstrumented,
+    UnknownLayer,
+    explain,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+Select: TypeAlias = "type[nn.Module] | str | Callable[[str, nn.Module], bool]"
+Named: TypeAlias = "dict[str, nn.Module]"
+
+LAYER_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+"""Recorded even without parameters of their own (a norm without affine, a parametrized Linear). Any module that owns
+parameters is recorded besides."""
+
+
+def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None, every: int = 1) -> Model:
+    """Put taps into a model, before `torch.compile`, and give the same object back.
+
+    Afterwards each step leaves, on the device, eight float32 for every layer's output, the output's gradient, each
+    parameter and each parameter's gradient. A `nobs.Recorder` or a `nobs.RingBuffer` reads them. Parameters, state_dict,
+    isinstance, pickles and deep copies are as without.
+
+    Args:
+        model: any module. Every layer that owns parameters is recorded, and every norm.
+        layers: record these layers instead: a layer type, a glob pattern over layer names (`"blocks.*.up"`), a function
+            `(name, module) -> bool`, or a list of such.
+        every: run the taps on every `every`-th step only. One more compiled graph; the loss is still recorded each step.
+
+    Raises:
+        AlreadyInstrumented: the model or a part of it has its taps.
+        NothingToRecord: it has no layer to record.
+        UnknownLayer: a pattern or type in `layers` that fits no layer.
+        BadSetting: `every` below 1.
+
+    Cost: 64 bytes of device memory an output and 64 a parameter; at each step about one read of each tapped tensor.
+    With `NOBS_DISABLE=1` in the environment nothing is done at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise BadSetting(
+            explain("nobs.instrument(model)", f"a {type(model).__name__}", "a torch.nn.Module", "nobs.instrument(model)")
+        )
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise BadSetting(
+            explain("nobs.instrument(..., every=...)", f"every={every!r}", "a whole number of at least 1", "every=1")
+        )
+    if disabled():
+        return model
+    named = _named_modules(model)
+    _refuse_second_time(named)
+    chosen = _choose(named, layers)
+    if not chosen:
+        raise NothingToRecord(
+            explain(
+                f"nobs.instrument({type(model).__name__}(...))",
+                f"{len(named)} modules, none of which owns parameters",
+                "at least one layer",
+                "layers=nn.ReLU, say, to record layers without parameters",
+            )
+        )
+    _warn_if_compiled(model)
+    _attach(chosen, every)
+    return model
+
+
+def uninstrument(model: Model) -> Model:
+    """Take the taps out again and give the same object back, exactly the model that `instrument` was given.
+
+    Raises:
+        NotInstrumented: it has no taps.
+    """
+    if disabled():
+        return model
+    rows = rows_of(model)
+    if not rows:
+        raise NotInstrumented(
+            explain("nobs.uninstrument(model)", "a model without taps", "an instrumented model", "model = nobs.instrument(model)")
+        )
+    for row in rows:
+        row.pause(True)  # a recorder that still holds the row records nothing from here on
+        if row.release is not None:
+            row.release()
+    for module in [module for module in model.modules() if "_nobs_row" in vars(module)]:
+        _taps.unbind(module)
+    return model
+
+
+def _named_modules(model: nn.Module) -> Named:
+    """Modules by clean name, without compile wrappers. Of a wrapper and the wrapped, which share a name, the wrapped."""
+    return {_names.clean(name): m for name, m in model.named_modules() if not isinstance(m, torch._dynamo.OptimizedModule)}
+
+
+def _refuse_second_time(named: Named) -> None:
+    for name, module in named.items():
+        if "_nobs_row" in vars(module):
+            raise AlreadyInstrumented(
+                explain(
+                    "nobs.instrument(model)",
+                    f"a model whose layer {name!r} has its tap already",
+                    "a model without taps",
+                    "nobs.uninstrument(model) first, or drop the second call",
+                )
+            )
+
+
+def _choose(named: Named, layers: Select | Sequence[Select] | None) -> Named:
+    if layers is None:
+        return {name: module for name, module in named.items() if _by_default(module)}
+    wanted = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    chosen: set[str] = set()
+    for select in wanted:
+        found = {name for name, module in named.items() if _fits(select, name, module)}
+        if not found and not (callable(select) and not isinstance(select, type)):
+            raise _unknown(select, named)
+        chosen |= found
+    return {name: module for name, module in named.items() if name in chosen}
+
+
+def _fits(select: Select, name: str, module: nn.Module) -> bool:
+    if isinstance(select, type):
+        return isinstance(module, select)
+    if isinstance(select, str):
+        return bool(_names.matching(select, [name]))
+    return bool(select(name, module))
+
+
+def _by_default(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return isinstance(module, LAYER_TYPES) or any(p is not None for p in module._parameters.values())
+
+
+def _unknown(select: Select, named: Named) -> UnknownLayer:
+    if isinstance(select, str):
+        there = "a name or pattern such as " + ", ".join(repr(name) for name in _names.nearest(select, named))
+        return UnknownLayer(
+            explain("nobs.instrument(layers=...)", f"{select!r}, which fits no layer", there, "layers=None for all layers")
+        )
+    kinds = sorted({type(module).__name__ for module in named.values()})
+    what = getattr(select, "__name__", repr(select))
+    return UnknownLayer(
+        explain(
+            "nobs.instrument(layers=...)",
+            f"{what}, of which there is no layer",
+            f"one of {', '.join(kinds)}",
+            "layers=None for all layers",
+        )
+    )
+
+
+def _attach(chosen: Named, every: int) -> None:
+    """Lay out the table, then give each layer its class and slots, and watch the parameters."""
+    taps: list[Tap] = []
+    outputs: list[tuple[nn.Module, int]] = []
+    parameters: dict[nn.Parameter, int] = {}
+    for name, module in chosen.items():
+        kind = type(module).__name__
+        if module.forward.__func__ is not nn.Module.forward:  # type: ignore[attr-defined]  # ParameterList has none
+            outputs.append((module, len(taps)))
+            taps += [Tap(name, kind, "output", OUTPUT), Tap(name, kind, "output.grad", OUTPUT_GRAD)]
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter not in parameters:  # tied: counted under its first name
+                parameters[parameter] = len(taps)
+                site = f"parameter {own}" if own == "output" else own
+                taps += [Tap(name, kind, site, PARAMETER), Tap(name, kind, f"{site}.grad", PARAMETER_GRAD)]
+    row = LiveRow(TapTable(tuple(taps)), _device(chosen), every)
+    watch = GradientWatch(row)
+    row.release = watch.remove
+    for parameter, tap in parameters.items():
+        watch.watch(parameter, tap)
+    for module, tap in outputs:
+        module.__class__ = _taps.tapped_class(type(module))
+        _taps.bind(module, row, tap)
+
+
+def _device(chosen: Named) -> torch.device:
+    """The one device that the chosen layers are on."""
+    devices = {
+        p.device: name for name, m in chosen.items() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None
+    }
+    if len(devices) > 1:
+        raise BadSetting(
+            explain(
+                "nobs.instrument(model)",
+                "layers on " + " and ".join(f"{device} ({name})" for device, name in devices.items()),
+                "all recorded layers on one device",
+                "layers=[...] with the layers of one device",
+            )
+        )
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _warn_if_compiled(model: nn.Module) -> None:
+    """Taps put in after the first compiled call are seen, at the price of compiling again; say so once."""
+    compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules())
+    code = getattr(type(_innermost(model)).forward, "__code__", None)
+    if compiled and code is not None and torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
+        warnings.warn(
+            explain(
+                "nobs.instrument(model)",
+                "a model that torch.compile has compiled already: its next call compiles again",
+                "taps before the first compiled call",
+                "model = nobs.instrument(model), and then torch.compile(model)",
+            ),
+            NobsWarning,
+            stacklevel=3,
+        )
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model

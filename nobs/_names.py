@@ -1,0 +1,40 @@
+"""Layer names: cleaned of wrappers, matched against patterns, made harmless for a terminal and for a file name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
+
+
+def clean(name: str) -> str:
+    """The name without the parts that torch.compile, checkpoint wrappers and FSDP1 add; the root's name is `(model)`."""
+    return _WRAPPERS.sub("", name).strip(".") or "(model)"
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a glob pattern fits; a plain name fits itself. `*` crosses dots, case counts."""
+    return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+
+
+def nearest(name: str, names: Iterable[str], most: int = 5) -> list[str]:
+    """The names that somebody who typed `name` may have meant, best first."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, most, cutoff=0.5)
+    return close or sorted(names, key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())[:most]
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters, line breaks, direction marks and lone surrogates shown as `\x1b` and the like.
+
+    Layer names are the user's, dumps may be a stranger's: nothing in them may move the cursor or forge a line.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
+
+
+def file_name(text: str) -> str:
+    """The text as one plain file name: letters, digits, dots, dashes; never empty, hidden, or a way out of the folder."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip(".-")[:80] or "run"

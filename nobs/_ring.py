@@ -1,0 +1,215 @@
+"""The memory: rows of the last steps in a device ring, copied to pinned host memory without waiting.
+
+`add` is a few kernel launches: the running row into the ring, the ring's row to its pinned row (non-blocking), an event
+behind it. `drain` looks at events that are done. The host waits in `wait` only, and in `add` when the device is a whole
+ring behind, which is counted. On CPU the ring is the host memory itself, and every row has arrived at once.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from . import _codec, _launch, _stats
+from ._columns import ABSMAX, NORM, OUTPUT_GRAD, PARAMETER_GRAD
+from ._link import link_for
+from ._row import FIRST_TAP_LINE, LiveRow, rows_of
+from ._schema import History, Report, Row, TapTable
+from .errors import BadLoss, BadSetting, NotInstrumented, explain
+
+LOSS_SCALE = "loss_scale"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the host knows of a step without asking the device."""
+
+    step: int
+    time_s: float
+    scalars: Mapping[str, float]
+    on_device: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    batch: object = None
+
+
+class RingBuffer:
+    """The memory on its own, for a hand-written loop. `nobs.Recorder` is this with triggers and a clock.
+
+    Args:
+        model: an instrumented model, wrapped or not (torch.compile, DDP).
+        capacity: how many steps to remember.
+
+    Raises:
+        NotInstrumented: the model has no taps.
+        BadSetting: a capacity below 1.
+
+    Memory: `capacity x (3 + taps) x 32` bytes on the host, and as much on an accelerator.
+    """
+
+    def __init__(self, model: nn.Module, *, capacity: int = 100) -> None:
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise BadSetting(
+                explain("capacity=...", f"capacity={capacity!r}", "a whole number of steps, at least 1", "capacity=100")
+            )
+        self.capacity = capacity
+        self._off = _launch.disabled()
+        self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
+        self.row.owner = weakref.ref(self)
+        self.waits = 0
+        """How often `add` had to wait because the device was a whole ring behind."""
+        self._device = self.row.values.device
+        self._link = link_for(self.row.values, capacity)
+        self._records: deque[_Record] = deque(maxlen=capacity)
+        self._overtaken: deque[Row] = deque(maxlen=capacity)
+        self._added = 0
+        self._drained = 0
+        self._graphs_before = counters["stats"]["unique_graphs"]
+
+    def add(self, step: int, loss: Tensor | float | None, *, batch: object = None, **scalars: Tensor | float) -> None:
+        """Close the running step: its row goes into the ring and on its way to the host, and the next step begins.
+
+        Args:
+            step: the number of the step.
+            loss: a tensor with one element, on any device, or a number.
+            batch: whatever names the batch; its text is in the report.
+            scalars: further numbers of the step, tensors with one element or plain numbers.
+
+        Cost: three small kernels, and one a scalar that lives on the device. Waits for nothing (see `waits`).
+        """
+        if self._off:
+            return
+        if self.row.owner is None or self.row.owner() is not self:
+            raise BadSetting(
+                explain(
+                    "adding a step",
+                    "a ring that a newer one of the same model has replaced",
+                    "one ring a model",
+                    "use the newer one",
+                )
+            )
+        given = {"loss": loss, **scalars} if loss is not None else scalars
+        for name, value in given.items():
+            check_scalar(name, value)
+        with torch.no_grad():  # a recording is no part of the user's graph
+            record = self._write_scalars(step, given, batch)
+            place = self._make_room()
+            self._link.send(self.row.values, place)
+        self._records.append(record)
+        self._added += 1
+        self.row.reset()
+
+    def _write_scalars(self, step: int, given: Mapping[str, Tensor | float], batch: object) -> _Record:
+        """Numbers stay on the host; tensors on an accelerator go into the row, so that nobody asks for their value."""
+        on_host: dict[str, float] = {}
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                self.row.write_scalar(name, value)
+            else:
+                on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        return _Record(step, time.time(), on_host, dict(self.row.written_scalars), batch)
+
+    def _make_room(self) -> int:
+        """The place of the next row. A row there that nobody has drained is kept for `drain`, up to `capacity` of them."""
+        if self.row.values.device != self._device:  # the model has moved: memory begins anew on its new device
+            self._device = self.row.values.device
+            self._link = link_for(self.row.values, self.capacity)
+            self._records.clear()
+            self._drained = self._added
+        if self._added - self._drained >= self.capacity:
+            place = self._drained % self.capacity
+            if not self._link.arrived(place):
+                self.waits += 1
+                self._link.wait(place)
+            self._overtaken.append(self._read(self._drained))
+            self._drained += 1
+        return self._added % self.capacity
+
+    def drain(self) -> Iterator[Row]:
+        """The rows that have arrived since the last call, in order, none left out; never waits."""
+        while self._overtaken:
+            yield self._overtaken.popleft()
+        while self._drained < self._added and self._link.arrived(self._drained % self.capacity):
+            row = self._read(self._drained)
+            self._drained += 1
+            yield row
+
+    def wait(self) -> None:
+        """Wait until every row added so far has arrived."""
+        for number in range(self._drained, self._added):
+            self._link.wait(number % self.capacity)
+
+    def history(self, *, wait: bool = True) -> History:
+        """The last `capacity` steps; with `wait=False` those of them that have arrived."""
+        if wait:
+            self.wait()
+        numbers = range(self._added - len(self._records), self._added)
+        rows = [self._read(n) for n in numbers if n < self._drained or self._link.arrived(n % self.capacity)]
+        return History.of(rows, self.row.table)
+
+    def report(self, reason: str, history: History) -> Report:
+        """A report of the history with the facts of this run, before anybody judged it."""
+        return Report(
+            history=history,
+            reason=reason,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            nobs_version=version("neural-observer"),
+            rank=_launch.rank(),
+            world_size=_launch.world_size(),
+            run={
+                "torch": str(torch.__version__),
+                "device": str(self.row.values.device),
+                "compiled": counters["stats"]["unique_graphs"] > self._graphs_before,
+                "capacity": self.capacity,
+                "every": self.row.every,
+            },
+        )
+
+    def save_json(self, path: str | Path, trigger_reason: str = "manual") -> Path:
+        """Write the last steps as a dump that `nobs show` opens; waits for rows that are on their way."""
+        return _codec.save(self.report(trigger_reason, self.history()), Path(path))
+
+    def _read(self, number: int) -> Row:
+        """Decode one arrived row: signs, scalars, and gradients divided by the loss scale that was on them."""
+        lines = self._link.host[number % self.capacity].numpy()
+        record = self._records[number - self._added]
+        scalars = dict(record.scalars)
+        scalars.update({name: float(lines[line, column]) for name, (line, column) in record.on_device.items()})
+        values = _stats.decode(lines[FIRST_TAP_LINE:])
+        scale = scalars.get(LOSS_SCALE, 1.0)
+        if scale > 0 and scale != 1:
+            for kind in (OUTPUT_GRAD, PARAMETER_GRAD):
+                gradients = self.row.table.of_kind[kind]
+                values[gradients, NORM] /= scale
+                values[gradients, ABSMAX] /= scale
+        return Row(record.step, record.time_s, scalars, self.row.table, values, record.batch)
+
+
+def check_scalar(name: str, value: object) -> None:
+    """Refuse what is no single real number, without looking at its value."""
+    if isinstance(value, Tensor):
+        one, got = value.numel() == 1 and not value.is_complex(), f"a {value.dtype} tensor of shape {list(value.shape)}"
+    else:
+        one, got = hasattr(value, "__float__") and getattr(value, "size", 1) == 1, f"a {type(value).__name__}"
+    if not one:
+        raise BadLoss(
+            explain(f"recording {name}", got, "one number: a Python number or a tensor with one element", f"{name}.mean(), say")
+        )
+
+
+def _row_of(model: nn.Module) -> LiveRow:
+    """The row of an instrumented model, found through whatever wraps it."""
+    rows = rows_of(model)
+    if len(rows) != 1:
+        got = f"a {type(model).__name__} without taps" if not rows else f"a model with {len(rows)} parts instrumented apart"
+        raise NotInstrumented(
+            explain("recording a model", got, "a model instrumented once, before torch.compile", "model = nobs.instrument(model)")
+        )
+    return rows[0]

@@ -1,0 +1,125 @@
+"""The row of the step that is running now: one device tensor, the slots that alias its lines, and the switch.
+
+    line 0, 1    scalars that live on the device (the loss, the loss scale, the user's own): 16 places
+    line 2       the clock: how many taps ran since the step began
+    line 3 ...   one line a tap, in the order of the table
+
+Compiled graphs write to fixed addresses, so the row never moves while a step runs; the ring copies it away afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from . import _stats
+from ._columns import COLUMNS
+from ._schema import TapTable
+from .errors import BadSetting, explain
+
+SCALAR_LINES = 2
+CLOCK_LINE = SCALAR_LINES
+FIRST_TAP_LINE = SCALAR_LINES + 1
+SCALARS = SCALAR_LINES * len(COLUMNS)
+
+
+class LiveRow:
+    """Where the taps of one model write.
+
+    Attributes:
+        table: what each line after the reserved ones means.
+        every: the taps run on every `every`-th step.
+        recording: the switch. Compiled code guards on it, so it has two values and a model two graphs at the most.
+        before_update: called at the end of each backward, before the optimizer: the recorder notes the learning rate there.
+        release: takes the hooks off the parameters again.
+        owner: a weak reference to the ring that reads this row.
+        written_scalars: the device scalars of the running step, and where they stand.
+    """
+
+    def __init__(self, table: TapTable, device: torch.device, every: int) -> None:
+        self.table = table
+        self.every = every
+        self.recording = True
+        self.broken: Exception | None = None
+        self.before_update: Callable[[], None] | None = None
+        self.release: Callable[[], None] | None = None
+        self.owner: Callable[[], object] | None = None
+        self.written_scalars: dict[str, tuple[int, int]] = {}
+        self._steps = 0
+        self._paused = False
+        self._scalar_names: dict[str, int] = {}
+        self._allocate(device)
+
+    def _allocate(self, device: torch.device) -> None:
+        self.values = _stats.blank(FIRST_TAP_LINE + len(self.table), device)
+        self.values[:FIRST_TAP_LINE] = 0
+        self._blank = self.values.clone()
+        self.clock = self._slot(CLOCK_LINE, 1)
+
+    def _slot(self, line: int, size: int = len(COLUMNS)) -> Tensor:
+        """A tensor over a line's memory, through DLPack: it has a version counter and a zero offset of its own.
+
+        A plain view shares its counter with all other lines, and autograd then takes the write of one tap for the
+        corruption of another. Lines are 32 bytes, so that each slot is aligned as CUDA graphs ask for.
+        """
+        view = self.values[line, :size]
+        return view.clone() if view.is_meta else from_dlpack(view)
+
+    def slot(self, tap: int) -> Tensor:
+        """The slot that the tap of this number in the table writes to, `[8]`."""
+        return self._slot(FIRST_TAP_LINE + tap)
+
+    def write_scalar(self, name: str, value: Tensor) -> None:
+        """Put a scalar tensor into the row without asking for its value; the first use of a name takes a free place."""
+        place = self._scalar_names.setdefault(name, len(self._scalar_names))
+        if place >= SCALARS:
+            del self._scalar_names[name]
+            raise BadSetting(
+                explain(
+                    f"recorder.step(..., {name}=...)",
+                    f"a {place + 1}th scalar that lives on the device",
+                    f"at most {SCALARS}: {', '.join(self._scalar_names)}",
+                    f"{name}=float({name}), if waiting for the device is acceptable",
+                )
+            )
+        line, column = self.written_scalars[name] = divmod(place, len(COLUMNS))
+        self.values[line, column].copy_(value.detach().reshape(()))
+
+    def reset(self) -> None:
+        """Begin the next step: blank lines, clock at zero, and the switch for that step.
+
+        Writes through the row and not through the slots: their version counters stay, so a graph that saved a slot for a
+        backward that is still to come (torch 2.7 to 2.10 checks) does not complain.
+        """
+        with torch.no_grad():  # never part of the user's graph
+            self.values.copy_(self._blank)
+        self.written_scalars.clear()
+        self._steps += 1
+        self._set_switch()
+
+    def pause(self, paused: bool) -> None:
+        """Stop the taps until further notice, or let them run again."""
+        self._paused = paused
+        self._set_switch()
+
+    def give_up(self, error: Exception) -> None:
+        """Record nothing any more: nobs itself failed, and the training goes on."""
+        self.broken = error
+        self._set_switch()
+
+    def _set_switch(self) -> None:
+        self.recording = not self._paused and self.broken is None and self._steps % self.every == 0
+
+    def follow(self, device: torch.device) -> None:
+        """Move to the device the model moved to. What the running step recorded so far is lost."""
+        if device != self.values.device:
+            self._allocate(device)
+
+
+def rows_of(model: nn.Module) -> list[LiveRow]:
+    """The rows that the layers of a model write to, through whatever wraps it: none without taps, one as a rule."""
+    found = {id(row): row for module in model.modules() if (row := vars(module).get("_nobs_row")) is not None}
+    return list(found.values())

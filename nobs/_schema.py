@@ -1,0 +1,265 @@
+"""The data that everything else passes on: taps, rows, histories, failures, findings, reports. Frozen, and free of torch.
+
+A *tap* is one place of the model that is measured once a step. Its measurement is one *line* of eight float32. A *row* is
+all lines of one step plus the step's scalars. A *history* is the rows of the last steps, and a *report* is a history with
+the failure in it and what was found out about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, OUTPUT, Floats, read
+from .errors import UnknownLayer, explain
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place of the model: `site` of `layer`, of one of the four KINDS."""
+
+    layer: str
+    layer_type: str
+    site: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class TapTable:
+    """The taps of a model in the order of their lines, and the ways to look them up."""
+
+    taps: tuple[Tap, ...]
+
+    def __len__(self) -> int:
+        return len(self.taps)
+
+    @cached_property
+    def lines(self) -> Mapping[tuple[str, str], int]:
+        """(layer, site) -> line."""
+        return {(tap.layer, tap.site): i for i, tap in enumerate(self.taps)}
+
+    @cached_property
+    def of_kind(self) -> Mapping[str, NDArray[np.intp]]:
+        """kind -> the lines of that kind, ascending."""
+        return {kind: np.array([i for i, t in enumerate(self.taps) if t.kind == kind], dtype=np.intp) for kind in KINDS}
+
+    def line(self, layer: str, site: str) -> int:
+        """The line of a layer's site, or `UnknownLayer` naming what there is."""
+        try:
+            return self.lines[layer, site]
+        except KeyError:
+            sites = [tap.site for tap in self.taps if tap.layer == layer]
+            there = f"the sites {sites}" if sites else f"the layers {sorted({tap.layer for tap in self.taps})[:8]}, ..."
+            raise UnknownLayer(
+                explain(
+                    f"history[{layer!r}, {site!r}, ...]",
+                    f"no site {site!r} in a layer {layer!r}",
+                    there,
+                    "history.layers lists the layers in execution order",
+                )
+            ) from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step, as it arrived on the host.
+
+    `values` is `[taps, 8]` float32, decoded and unscaled; `scalars` holds the loss, the learning rate and whatever else was
+    given to `step`; `batch` is whatever named the batch.
+    """
+
+    step: int
+    time_s: float
+    scalars: Mapping[str, float]
+    table: TapTable
+    values: NDArray[np.float32]
+    batch: object = None
+
+    def __getitem__(self, key: tuple[str, str, str]) -> float:
+        """`row["fc", "weight.grad", "norm"]`; NaN where the tap did not run."""
+        layer, site, statistic = key
+        return float(read(self.values[self.table.line(layer, site)], statistic))
+
+    def kind(self, kind: str, statistic: str) -> Floats:
+        """One statistic of all taps of a kind, float64 `[lines]`, in the order of `table.of_kind[kind]`."""
+        return read(self.values[self.table.of_kind[kind]], statistic)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site held: `dtype` by name (None: not known) and the number of `elements` (the most in any call)."""
+
+    dtype: str | None
+    elements: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, its place in the order of execution (None: it never ran), and its sites."""
+
+    name: str
+    type: str
+    order: int | None
+    sites: Mapping[str, Site]
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """The last steps of every tap.
+
+    `steps` int64 `[T]`; `times_s` float64 `[T]` (Unix time, NaN when read from JSON); `values` float32 `[T, taps, 8]`;
+    `scalars[name]` float64 `[T]`, NaN where it was not given; `given[name]` bool `[T]`, which tells that NaN from a loss
+    that was NaN; `batches` the text that named each batch.
+    """
+
+    steps: NDArray[np.int64]
+    table: TapTable
+    values: NDArray[np.float32]
+    scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    given: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    batches: tuple[str | None, ...] = ()
+
+    @staticmethod
+    def of(rows: Sequence[Row], table: TapTable) -> History:
+        """Stack rows. Copies them: the ring goes on writing."""
+        names = list(dict.fromkeys(name for row in rows for name in row.scalars))
+        return History(
+            steps=np.array([row.step for row in rows], dtype=np.int64),
+            table=table,
+            values=np.array([row.values for row in rows], dtype=np.float32).reshape(len(rows), len(table), len(COLUMNS)),
+            scalars={n: np.array([row.scalars.get(n, np.nan) for row in rows], dtype=np.float64) for n in names},
+            given={n: np.array([n in row.scalars for row in rows], dtype=np.bool_) for n in names},
+            batches=tuple(None if row.batch is None else safe_text(row.batch) for row in rows),
+        )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, key: tuple[str, str, str]) -> Floats:
+        """`history["blocks.0.up", "output.grad", "norm"]`: float64 `[T]` over `steps`, NaN where the tap did not run.
+
+        Raises:
+            UnknownLayer: no such layer, site or statistic.
+        """
+        layer, site, statistic = key
+        return read(self.values[:, self.table.line(layer, site)], statistic)
+
+    def kind(self, kind: str, statistic: str) -> Floats:
+        """One statistic of all taps of a kind: float64 `[T, lines]`, in the order of `table.of_kind[kind]`."""
+        return read(self.values[:, self.table.of_kind[kind]], statistic)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers in execution order; those that never ran come last, in the order of registration."""
+        groups: dict[str, list[int]] = {}
+        for line, tap in enumerate(self.table.taps):
+            groups.setdefault(tap.layer, []).append(line)
+        order = {name: self._first_run(lines) for name, lines in groups.items()}
+        ranked = sorted(groups, key=lambda name: order[name])
+        return tuple(
+            Layer(
+                name,
+                self.table.taps[groups[name][0]].layer_type,
+                i if np.isfinite(order[name]) else None,
+                self._sites(groups[name]),
+            )
+            for i, name in enumerate(ranked)
+        )
+
+    def _first_run(self, lines: list[int]) -> float:
+        """The latest first run of the layer's output: its place in the step that ran the most layers before it."""
+        outputs = [line for line in lines if self.table.taps[line].kind == OUTPUT]
+        ran = self.values[:, outputs, FIRST] if len(self) else np.empty(0)
+        ran = ran[np.isfinite(ran)]
+        return float(ran.max()) if ran.size else np.inf
+
+    def _sites(self, lines: list[int]) -> dict[str, Site]:
+        """The sites that ran."""
+        sites = {}
+        for line in lines:
+            ran = self.values[np.isfinite(self.values[:, line, FIRST]), line]
+            if len(ran):
+                code = round(float(ran[-1, FIRST] % 1) * 16)
+                dtype = DTYPES[code] if 0 < code < len(DTYPES) else None
+                sites[self.table.taps[line].site] = Site(dtype, int(ran[:, ELEMENTS].max()))
+        return sites
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a trigger saw: at which step, in which layer and site (None: the loss), which value against which threshold.
+
+    `detected_at` is the step at which the host learned of it; rows arrive late on an accelerator.
+    """
+
+    trigger: str
+    step: int
+    message: str
+    layer: str | None = None
+    site: str | None = None
+    value: float | None = None
+    threshold: float | None = None
+    detected_at: int | None = None
+
+
+CAUSES = (
+    "nonfinite_input", "nonfinite_forward", "nonfinite_backward", "nonfinite_weight", "overflow", "underflow",
+    "gradient_explosion", "vanishing_gradient", "dead_layer", "weight_corruption", "optimizer_state", "learning_rate",
+    "bad_batch", "loss_spike", "unknown",
+)  # fmt: skip
+"""The closed list of causes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One explanation: a cause from CAUSES, where and when it began, how sure (0 to 1), the numbers, and what to do."""
+
+    cause: str
+    layer: str | None
+    site: str | None
+    step: int | None
+    confidence: float
+    evidence: str
+    advice: str
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything a dump holds; renderers read nothing else."""
+
+    history: History
+    reason: str
+    created: str
+    nobs_version: str
+    failure: Failure | None = None
+    findings: tuple[Finding, ...] = ()
+    exception: str | None = None
+    rank: int = 0
+    world_size: int = 1
+    run: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.history.layers
+
+    def summary(self) -> str:
+        """The failure in one line, and the first finding behind it."""
+        what = self.failure.message if self.failure else self.exception or self.reason
+        if not self.findings:
+            return what
+        first = self.findings[0]
+        where = f" in {first.layer}" if first.layer else ""
+        return f"{what} (cause: {first.cause}{where})"
+
+
+def safe_text(thing: object, limit: int = 200) -> str:
+    """`str(thing)`, shortened; a broken `__str__` must not break a crash report."""
+    try:
+        text = str(thing)
+    except Exception as error:
+        text = f"<unprintable {type(thing).__name__}: {type(error).__name__}>"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,88 @@
+"""`nobs show` and `nobs plot`: a dump, read again. stdout carries the answer, stderr the rest.
+
+Exit codes: 0 fine, 2 wrong usage or a file that cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import _codec
+from ._load import find, load
+from .errors import NobsError
+
+_EXAMPLES = """examples:
+  nobs show crashes                        the newest dump below ./crashes
+  nobs show DUMP --json | jq .failure      for another program
+  nobs plot DUMP -o crash.png"""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = _parser().parse_args(argv)
+    command: Command = options.command
+    try:
+        return command(options)
+    except NobsError as error:
+        print(f"nobs: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `nobs show dump | head`; keep the interpreter from complaining about stdout at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Print the report of a dump."""
+    report = load(options.path)
+    if options.json:
+        print(_codec.dumps(report), end="")
+        return 0
+    from .render.terminal import print_report  # rich is not needed for --json
+
+    print_report(report, find(options.path))
+    sys.stdout.flush()
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    """Draw a dump as PNG."""
+    report = load(options.path)
+    out = options.output or find(options.path).with_suffix(".png")
+    if out.exists() and not options.force:
+        print(f"nobs: {out} exists; add --force to write over it, or -o FILE for another name", file=sys.stderr)
+        return 2
+    from .render.figure import save_png  # matplotlib takes a second
+
+    try:
+        save_png(report, out)
+    except OSError as error:
+        print(f"nobs: cannot write {out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nobs",
+        description="Read the dumps of the flight recorder.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help=_show.__doc__, description=_show.__doc__)
+    show.add_argument("--json", action="store_true", help="print the dump as JSON, and nothing else")
+    show.set_defaults(command=_show)
+    plot = commands.add_parser("plot", help=_plot.__doc__, description=_plot.__doc__)
+    plot.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to; beside the dump without it")
+    plot.add_argument("-f", "--force", action="store_true", help="write over a file that exists")
+    plot.set_defaults(command=_plot)
+    for command in (show, plot):
+        command.add_argument("path", type=Path, metavar="DUMP", help="a dump, or a folder: the newest dump in it")
+    return parser

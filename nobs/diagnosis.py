@@ -1,0 +1,240 @@
+"""From the last steps to findings: what failed first, where, why, how sure, and what to do.
+
+Pure functions. Each rule looks at a case (see `_case`) and returns a finding or None; the surest comes first. The first
+event, in the order of computation and not of names, is bracketed by the last clean one before it, which is the bracket rule
+of radixark/miles#2198 for forward and backward apart.
+
+The confidences are the rules' own ranking; they are not calibrated against a benchmark yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ._case import Case, Event
+from ._columns import ABSMAX, ELEMENTS, FIRST, NAN, NEGINF, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, POSINF
+from ._schema import Failure, Finding, History, Tap
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.4e38, "float64": 1.8e308}
+HEADROOM = 1e-3
+"""Below this share of the largest number of the dtype nothing was about to overflow."""
+
+_ADVICE = {
+    "nonfinite_input": "look at the batch of this step before it enters the model: normalisation, missing values, a corrupt file",
+    "nonfinite_forward": "look at what this layer computes: division, log, sqrt, exp without bounds; add an epsilon or a clamp",
+    "nonfinite_backward": "look at derivatives that are infinite at a legal value: sqrt, norm and log at 0, pow below 1",
+    "nonfinite_weight": "restore the checkpoint before this step; check what writes to this parameter outside the optimizer",
+    "overflow": "bound this layer's values (normalise, clip, lower the learning rate) or compute it in a wider dtype",
+    "gradient_explosion": "clip gradients by norm, and look at the scale of this layer's initialisation and normalisation",
+    "learning_rate": "lower the peak learning rate or lengthen the warm-up; clip gradients; restart from before the onset",
+    "weight_corruption": "restore this parameter from a checkpoint; check what wrote to it (a bad load, hardware, in-place code)",
+    "bad_batch": "look at the batch of this step, skip it, and check the input pipeline for the way it came in",
+    "loss_spike": "look at the batch and the labels of this step; if spikes repeat, lower the learning rate",
+    "unknown": "look at the layers in `nobs show`, or record more steps (capacity) before the failure",
+}
+
+
+def _finding(case: Case, cause: str, event: Event, confidence: float, evidence: str) -> Finding:
+    tap = case.tap(event)
+    return Finding(cause, tap.layer, tap.site, case.step(event), confidence, evidence, _ADVICE[cause])
+
+
+def born_nonfinite(case: Case) -> Finding | None:
+    """The bracket: which tap was dirty first, and what that place says about the cause."""
+    event = case.first_bad
+    if event is None or _grew_before(case, event):
+        return None
+    tap, values = case.tap(event), case.values[event.row, event.line]
+    nan, inf = values[NAN], values[POSINF] + values[NEGINF]
+    counts = " and ".join(f"{n:.0f} {word}" for n, word in ((nan, "NaN"), (inf, "Inf")) if n)
+    evidence = f"{counts} of {values[ELEMENTS]:.0f} values in {tap.layer} ({tap.site}) at step {case.step(event)}"
+    evidence += f"; {case.neighbour(event)}"
+    cause, confidence = {PARAMETER: ("nonfinite_weight", 0.9), OUTPUT: ("nonfinite_forward", 0.85)}.get(
+        tap.kind, ("nonfinite_backward", 0.85)
+    )
+    if tap.kind == OUTPUT:
+        cause, confidence, more = _forward_cause(case, event, tap)
+        evidence += more
+    elif tap.kind != PARAMETER:
+        event = _above(case, event)
+        evidence += (
+            f"; forward and loss of that step were finite, and the gradient that came into {case.tap(event).layer} was too"
+        )
+    return _finding(case, cause, event, confidence, evidence)
+
+
+def _forward_cause(case: Case, event: Event, tap: Tap) -> tuple[str, float, str]:
+    dtype = next((layer.sites[tap.site].dtype for layer in case.history.layers if layer.name == tap.layer), None)
+    largest = LARGEST.get(dtype or "", math.inf)
+    near = max(float(case.values[event.row, event.line, ABSMAX]), float(case.values[max(0, event.row - 1), event.line, ABSMAX]))
+    if near > HEADROOM * largest and (dtype == "float16" or near > 1e30):
+        return "overflow", 0.85, f"; its largest finite value was {near:.3g} where {dtype} ends at {largest:.3g}"
+    ran = [e.line for e in (case.event(event.row, int(i)) for i in case.history.table.of_kind[OUTPUT]) if e < event]
+    if not any(np.isfinite(case.values[event.row, line, FIRST]) for line in ran):
+        return "nonfinite_input", 0.75, "; it is the first layer to run and its weights are finite, so its input was not"
+    return "nonfinite_forward", 0.85, "; its own weights are finite"
+
+
+def _above(case: Case, event: Event) -> Event:
+    """For a gradient that is dirty: the layer whose backward made it, the last one whose incoming gradient was clean."""
+    if case.tap(event).kind == PARAMETER_GRAD:  # the incoming gradient was clean, or it would have come first
+        return event
+    lines = [int(i) for i in case.history.table.of_kind[OUTPUT_GRAD] if np.isfinite(case.values[event.row, i, FIRST])]
+    clean = [e for e in (case.event(event.row, line) for line in lines) if e < event and not case.bad[e.row, e.line]]
+    return max(clean, default=event)
+
+
+def _grew_before(case: Case, event: Event) -> bool:
+    """Whether most of the network had left its band in earlier steps: then the NaN is how it ended, not how it began."""
+    return bool(case.leavers) and case.leavers[0].row < event.row and case.share_out(event.row) >= 0.5
+
+
+def loss_alone(case: Case) -> Finding | None:
+    """The loss is not finite while everything before it is: it was born in the loss itself."""
+    loss = case.history.scalars.get("loss", np.empty(0))[: case.end + 1]
+    given = case.history.given.get("loss", np.empty(0, dtype=np.bool_))[: case.end + 1]
+    rows = np.flatnonzero(given & ~np.isfinite(loss))
+    if not rows.size or (case.first_bad is not None and case.first_bad < Event(int(rows[0]), 2, 0, 0, 0)):
+        return None
+    outputs = [case.event(int(rows[0]), int(i)) for i in case.history.table.of_kind[OUTPUT]]
+    ran = [e for e in outputs if np.isfinite(case.values[e.row, e.line, FIRST])]
+    if not ran or (case.leavers and case.share_out(case.end) >= 0.5):
+        return None
+    last = max(ran)
+    evidence = f"the loss of step {case.history.steps[rows[0]]} is {loss[rows[0]]:.4g} while every output is finite"
+    evidence += f"; {case.tap(last).layer} ran last"
+    return _finding(case, "nonfinite_forward", last, 0.8, evidence)
+
+
+def too_fast(case: Case) -> Finding | None:
+    """Most of the network left its band: together, or while the learning rate rose. The step size was too large."""
+    lr = case.learning_rate()
+    rise = float(lr[-1] / lr.min()) if lr.size and lr.min() > 0 else 1.0
+    confidence = _confidence_in_rate(case, rise)
+    if not case.leavers or confidence is None or _one_batch(case) or _jumped(case):
+        return None
+    first = case.leavers[0]
+    tap = case.tap(first)
+    layers = len({case.tap(e).layer for e in case.leavers})
+    evidence = (
+        f"{layers} of {len(case.place)} layers left their band from step {case.step(first)} on, {tap.layer} ({tap.site}) first; "
+        f"by step {case.history.steps[case.end]} that is at {case.times(first.line, case.end)} its median"
+    )
+    if lr.size:
+        evidence += f"; learning rate {lr[-1]:.3g}" + (f", up {rise:.3g}x in this window" if rise > 1.05 else ", constant")
+    return _finding(case, "learning_rate", first, confidence, evidence)
+
+
+def _confidence_in_rate(case: Case, rise: float) -> float | None:
+    """How sure that the step size did it; None: not at all."""
+    if rise > 1.5 and case.share_out(case.end) >= 0.5:
+        return 0.85
+    if case.at_once() >= 0.5:
+        return 0.6
+    return 0.5 if rise > 3 else None
+
+
+def _one_batch(case: Case) -> bool:
+    """Everything from the input on jumped in one step, with the weights as they were."""
+    first = case.leavers[0]
+    at_once = [e for e in case.leavers if e.row == first.row]
+    outputs = {case.tap(e).layer for e in at_once if case.tap(e).kind == OUTPUT}
+    weights = any(case.tap(e).kind == PARAMETER for e in at_once)
+    entry = min(case.place, key=lambda name: case.place[name])
+    return first.row > 0 and not weights and entry in outputs
+
+
+def bad_batch(case: Case) -> Finding | None:
+    if not case.leavers or not _one_batch(case):
+        return None
+    first = case.leavers[0]
+    evidence = (
+        f"at step {case.step(first)} the output of {case.tap(first).layer}, the first layer, is at once at "
+        f"{case.times(first.line, first.row)} its median, and what follows it too, while no weight had moved"
+    )
+    batch = case.history.batches[first.row] if case.history.batches else None
+    return _finding(case, "bad_batch", first, 0.8, evidence + (f"; the batch was {batch}" if batch else ""))
+
+
+def _jumped(case: Case) -> Event | None:
+    """A parameter that changed in one step by more than its update can explain, before anything else left its band."""
+    for event in case.leavers:
+        row, tap = event.row, case.tap(event)
+        if tap.kind != PARAMETER or row == 0 or row > case.leavers[0].row:
+            continue
+        now, before = case.values[row, event.line], case.values[row - 1, event.line]
+        gradient = case.history.table.lines.get((tap.layer, f"{tap.site}.grad"))
+        slope = case.values[row - 1, gradient, NORM] if gradient is not None else 0.0
+        lr = case.history.scalars.get("lr", np.ones(len(case.history)))[row - 1]
+        # SGD moves by lr x gradient, Adam by at most about lr x sqrt(elements).
+        if abs(now[NORM] - before[NORM]) > 10 * lr * max(slope, math.sqrt(now[ELEMENTS])):
+            return event
+    return None
+
+
+def weight_jump(case: Case) -> Finding | None:
+    event = _jumped(case)
+    if event is None:
+        return None
+    tap = case.tap(event)
+    before, after = (case.values[row, event.line, NORM] for row in (event.row - 1, event.row))
+    evidence = f"the norm of {tap.layer}.{tap.site} went from {before:.3g} to {after:.3g} at step {case.step(event)}"
+    evidence += ", more than an update can do"
+    return _finding(case, "weight_corruption", event, 0.8, evidence)
+
+
+def one_gradient(case: Case) -> Finding | None:
+    """Gradients left their band at one layer and below it while outputs and weights had not."""
+    if not case.leavers or case.leavers[0].phase != 3 or case.at_once() >= 0.5:
+        return None
+    first = case.leavers[0]
+    tap = case.tap(first)
+    evidence = (
+        f"the gradient of {tap.layer} ({tap.site}) left its band at step {case.step(first)}, at "
+        f"{case.times(first.line, first.row)} its median, before any output or weight did"
+    )
+    return _finding(case, "gradient_explosion", first, 0.7, evidence)
+
+
+def spike(case: Case) -> Finding | None:
+    """The loss alone rose: no layer shows why."""
+    if case.failure is None or case.failure.trigger != "LossSpike" or case.leavers or case.first_bad:
+        return None
+    evidence = f"{case.failure.message}; no layer's norms left their band, so the labels or the batch are the first suspects"
+    return Finding("loss_spike", None, None, case.failure.step, 0.5, evidence, _ADVICE["loss_spike"])
+
+
+RULES = (born_nonfinite, loss_alone, weight_jump, bad_batch, too_fast, one_gradient, spike)
+
+
+def diagnose(history: History, failure: Failure | None = None) -> tuple[Finding, ...]:
+    """Findings about a history, the surest first; empty when nothing failed and nothing is out of its band.
+
+    Args:
+        history: the last steps; what came after the failing step is not looked at.
+        failure: what a trigger saw, if one did.
+    """
+    if not len(history):
+        return ()
+    case = Case(history, failure)
+    found: list[Any] = [finding for rule in RULES if (finding := rule(case)) is not None]
+    if not found and failure is not None:
+        found = [_nothing_decided(case, failure)]
+    return tuple(sorted(found, key=lambda finding: -finding.confidence))
+
+
+def _nothing_decided(case: Case, failure: Failure) -> Finding:
+    clean = "no NaN or Inf before the end" if case.first_bad is None else "the NaN came late"
+    out = f"{len(case.leavers)} sites out of their band" if case.leavers else "every norm inside its band"
+    return Finding(
+        "unknown",
+        failure.layer,
+        failure.site,
+        failure.step,
+        0.2,
+        f"the numbers do not decide: {clean}, {out}",
+        _ADVICE["unknown"],
+    )

@@ -1,0 +1,347 @@
+"""The one class that owns time: closes steps, drains rows when they arrive, asks the triggers, and dumps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import _dump, _launch, triggers
+from ._checkpoint import packed, unpacked
+from ._ring import LOSS_SCALE, RingBuffer, check_scalar
+from ._schema import Failure, History, Report, safe_text
+from .diagnosis import diagnose
+from .errors import BadSetting, NobsError, NobsWarning, TrainingFailure, explain
+
+log = logging.getLogger("nobs")
+log.addHandler(logging.NullHandler())
+
+Result = TypeVar("Result")
+ON_FAILURE = ("raise", "warn", "stop")
+
+
+def _never_fatal(method: Callable[..., Result]) -> Callable[..., Result | None]:
+    """An error of nobs itself is logged once and ends the recording, never the run. Wrong calls do raise."""
+
+    @wraps(method)
+    def guarded(self: Recorder, *args: Any, **kwargs: Any) -> Result | None:
+        if self._broken:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except NobsError:
+            raise
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    return guarded
+
+
+class Recorder:
+    """Records an instrumented model step by step, and reports when the run fails.
+
+        with nobs.Recorder(model, optimizer=optimizer) as recorder:
+            for x, y in loader:
+                ...
+                recorder.step(loss)
+
+    On a failure the dump is written under `directory`, the report is printed to stderr (rank 0), and `TrainingFailure` is
+    raised. The same dump is written when any other exception leaves the `with` block, and on SIGTERM.
+
+    Args:
+        model: a model that went through `nobs.instrument`, wrapped or not.
+        optimizer: one or a list; its learning rate is recorded as the optimizer was about to use it.
+        scaler: the GradScaler, so that gradients are reported unscaled and the steps it skips are no alarm.
+        capacity: how many steps to remember.
+        triggers: what judges each row; None for `nobs.triggers.DEFAULT`.
+        directory: where dumps go, as `<directory>/<run>/step<NNNNNNNN>/rank<NNNNN>.json` and `.png`.
+        on_failure: "raise"; "warn" to report, warn and go on (at most one report every `capacity` steps); "stop" to report
+            and leave the `with` block quietly, with the report in `recorder.report`.
+
+    Raises:
+        NotInstrumented, BadSetting: at once, for a wrong call. Errors of nobs itself are logged and end the recording only.
+
+    Memory: see `RingBuffer`.
+    """
+
+    report: Report | None
+    """The report of the last failure."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Recorder:
+        return super().__new__(_Off if _launch.disabled() else cls)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        scaler: Any = None,
+        capacity: int = 100,
+        triggers: Sequence[triggers.Trigger] | None = None,
+        directory: str | Path = "crashes",
+        on_failure: str = "raise",
+    ) -> None:
+        if on_failure not in ON_FAILURE:
+            raise BadSetting(
+                explain("Recorder(on_failure=...)", repr(on_failure), f"one of {', '.join(ON_FAILURE)}", 'on_failure="raise"')
+            )
+        self._engine = _engine(triggers)
+        self._ring = RingBuffer(model, capacity=capacity)
+        self._ring.row.before_update = self._before_update
+        self._optimizers = _as_list(optimizer)
+        self._scaler = scaler
+        self._run_directory = Path(directory) / _launch.run_name()
+        self._on_failure = on_failure
+        self._step = 0
+        self._lr: dict[str, float | Tensor] = {}
+        self._mute_until = 0
+        self._broken = False
+        self._previous_sigterm: Any = None
+        self.report = None
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, loss: Tensor | float, *, batch: object = None, **scalars: Tensor | float) -> None:
+        """Close the step that has just run. Call it once per optimizer step, anywhere behind `loss.backward()`.
+
+        Args:
+            loss: a tensor with one element, on any device, or a number. It is not waited for.
+            batch: whatever names the batch (indices, a file name); its text is in the report.
+            scalars: further numbers of this step.
+
+        Raises:
+            BadLoss: the loss, or another scalar, is not a single number.
+            TrainingFailure: a trigger found this step, or an earlier one that has only now arrived, to have failed.
+
+        Cost: a few kernel launches and a few NumPy calls. Never waits for the device.
+        """
+        for name, value in {"loss": loss, **scalars}.items():
+            check_scalar(name, value)
+        self._close_step(loss, batch, scalars)
+        self._judge()
+
+    @_never_fatal
+    def _close_step(self, loss: Tensor | float | None, batch: object, scalars: Mapping[str, Tensor | float]) -> None:
+        if self._ring.row.broken is not None:
+            raise self._ring.row.broken
+        if not self._lr:  # no backward in this step
+            self._note_learning_rates()
+        self._ring.add(self._step, loss, batch=batch, **{**self._lr, **scalars})
+        self._lr = {}
+        self._step += 1
+
+    def _judge(self) -> None:
+        """Show every row that has arrived to the triggers, in order; a lag of some rows is normal on an accelerator."""
+        for failure in self._new_failures():
+            if failure.step >= self._mute_until:
+                self._fail(replace(failure, detected_at=self._step - 1))
+
+    def _new_failures(self) -> Iterator[Failure]:
+        while (failure := self._next_failure()) is not None:
+            yield failure
+
+    @_never_fatal
+    def _next_failure(self) -> Failure | None:
+        for row in self._ring.drain():
+            if (failure := self._engine.check(row)) is not None:
+                return failure
+        return None
+
+    def _before_update(self) -> None:
+        """At the end of backward: the learning rate and loss scale that this step is about to use, before the scheduler."""
+        self._note_learning_rates()
+        scale = getattr(self._scaler, "_scale", None)
+        if isinstance(scale, Tensor):  # a tensor on the device, and stays there: reading it would wait
+            self._ring.row.write_scalar(LOSS_SCALE, scale)
+
+    def _note_learning_rates(self) -> None:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        self._lr = {"lr" if i == 0 else f"lr.{i}": group["lr"] for i, group in enumerate(groups) if "lr" in group}
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Wait for all rows that are on their way, and judge them. May raise `TrainingFailure`, like `step`."""
+        self._wait()
+        self._judge()
+
+    @_never_fatal
+    def _wait(self) -> None:
+        self._ring.wait()
+
+    def history(self) -> History:
+        """The last `capacity` steps. Waits for rows that are on their way."""
+        return self._ring.history()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside this block: a validation run with gradients, a probe. One more compiled graph."""
+        self._ring.row.pause(True)
+        try:
+            yield
+        finally:
+            self._ring.row.pause(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step number and what the triggers have learned, for a checkpoint. Loads with `weights_only=True`."""
+        names = [type(trigger).__name__ for trigger in self._engine.triggers]
+        return {"step": self._step, "triggers": list(zip(names, packed(self._engine.states), strict=True))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at the step of a checkpoint, with what the triggers had learned.
+
+        Raises:
+            BadSetting: the state is of other triggers.
+        """
+        names = [type(trigger).__name__ for trigger in self._engine.triggers]
+        saved = [name for name, _ in state["triggers"]]
+        if saved != names:
+            raise BadSetting(
+                explain(
+                    "recorder.load_state_dict(state)",
+                    f"a state of the triggers {saved}",
+                    f"one of {names}",
+                    "triggers=[...] as in the saved run",
+                )
+            )
+        self._step = int(state["step"])
+        self._engine.states = [unpacked(part) for _, part in state["triggers"]]
+
+    # -- failing ---------------------------------------------------------------------------------------------------
+
+    def dump(self, reason: str = "manual") -> Path | None:
+        """Write the last steps as JSON and PNG now; the path of the JSON, None where no folder could be written to."""
+        return _dump.write(self._make_report(reason), self._run_directory)
+
+    def _fail(self, failure: Failure) -> None:
+        self._wait()
+        self.report = self._make_report("trigger", failure)
+        _dump.publish(self.report, self._run_directory)
+        self._mute_until = self._step + self._ring.capacity
+        if self._on_failure == "warn":
+            warnings.warn(f"training failed: {self.report.summary()}", NobsWarning, stacklevel=4)
+        else:
+            raise TrainingFailure(self.report)
+
+    def _make_report(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
+        try:
+            history = self._ring.history()
+        except Exception:  # the device is gone: what has arrived lies in host memory
+            history = self._ring.history(wait=False)
+        report = replace(self._ring.report(reason, history), failure=failure, exception=exception)
+        try:
+            return replace(report, findings=diagnose(history, failure))
+        except Exception as error:  # a history without a diagnosis is still the history
+            log.warning("nobs could not diagnose the failure: %s", safe_text(error), exc_info=True)
+            return report
+
+    def _give_up(self, error: Exception) -> None:
+        """Stop recording for good, and say so once."""
+        self._broken = True
+        self._ring.row.give_up(error)
+        log.error("nobs failed and stopped recording; the training goes on", exc_info=error)
+        warnings.warn(
+            f"nobs stopped recording, the training goes on: {type(error).__name__}: {safe_text(error)}", NobsWarning, stacklevel=4
+        )
+
+    # -- the with block --------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        if threading.current_thread() is threading.main_thread():
+            self._previous_sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        try:
+            if error is None:
+                self.flush()
+            elif not isinstance(error, TrainingFailure) and not _is_clean_exit(error):
+                self._dump_escaped(error)
+        except TrainingFailure as failure:
+            if self._on_failure != "stop":
+                raise
+            error = failure
+        finally:
+            self._close()
+        return isinstance(error, TrainingFailure) and error.report is self.report and self._on_failure == "stop"
+
+    @_never_fatal
+    def _dump_escaped(self, error: BaseException) -> None:
+        """Dump what led to an exception, the half step that it ended included: its forward ran, and tells the most."""
+        try:
+            if float(self._ring.row.clock) > 0:  # waits for the device; the run is over
+                self._ring.add(self._step, None, **self._lr)
+        except Exception:  # after a CUDA error nothing can be launched any more
+            log.debug("nobs could not read the last, unfinished step", exc_info=True)
+        self.report = self._make_report("exception", exception=f"{type(error).__name__}: {safe_text(error, 2000)}")
+        _dump.publish(self.report, self._run_directory)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Dump, then do what would have been done without nobs."""
+        self._dump_signal()
+        previous = self._previous_sigterm
+        if callable(previous):
+            previous(number, frame)
+        elif previous != signal.SIG_IGN:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @_never_fatal
+    def _dump_signal(self) -> None:
+        self.report = self._make_report("sigterm")
+        _dump.publish(self.report, self._run_directory)
+
+    def _close(self) -> None:
+        self._ring.row.before_update = None
+        if self._previous_sigterm is not None:
+            signal.signal(signal.SIGTERM, self._previous_sigterm)
+            self._previous_sigterm = None
+
+
+class _Off(Recorder):
+    """What `Recorder(...)` gives under NOBS_DISABLE=1: the same methods, doing nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._ring = RingBuffer(nn.Identity(), capacity=1)
+        self._on_failure = "raise"
+        self.report = None
+
+    def step(self, loss: Tensor | float, *, batch: object = None, **scalars: Tensor | float) -> None: ...
+    def flush(self) -> None: ...
+    def dump(self, reason: str = "manual") -> Path | None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def __exit__(self, *exception: object) -> bool:
+        return self.report is not None  # never: no exception is swallowed
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def __enter__(self) -> Recorder:
+        return self
+
+
+def _engine(chosen: Sequence[triggers.Trigger] | None) -> triggers.TriggerEngine:
+    return triggers.TriggerEngine.only(triggers.DEFAULT if chosen is None else chosen)
+
+
+def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def _is_clean_exit(error: BaseException) -> bool:
+    return isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0))

@@ -1,0 +1,105 @@
+"""What both pictures show: which layer is guilty, which layers matter, and one series a layer for each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats, read
+from .._names import printable
+from .._schema import Report
+
+
+@dataclass(frozen=True)
+class Line:
+    """A layer over the steps: `forward` its output's norm, `backward` its largest gradient norm; `*_bad` where not finite."""
+
+    name: str
+    type: str
+    guilty: bool
+    forward: Floats
+    backward: Floats
+    forward_bad: NDArray[np.bool_]
+    backward_bad: NDArray[np.bool_]
+
+
+def guilty_layer(report: Report) -> str | None:
+    """The layer that the diagnosis names, else the one that the trigger named."""
+    named = [finding.layer for finding in report.findings if finding.layer is not None]
+    if named:
+        return named[0]
+    return report.failure.layer if report.failure else None
+
+
+def headline(report: Report) -> str:
+    """What failed and when, in one sentence."""
+    if report.failure:
+        return printable(report.failure.message)
+    if report.exception:
+        return printable(report.exception)
+    return f"dump on request ({printable(report.reason)})"
+
+
+def lines(report: Report) -> list[Line]:
+    """All layers that ran, in execution order."""
+    guilty = guilty_layer(report)
+    history = report.history
+    of_layer: dict[str, dict[str, list[int]]] = {}
+    for i, tap in enumerate(history.table.taps):
+        of_layer.setdefault(tap.layer, {}).setdefault(tap.kind, []).append(i)
+    story = []
+    for layer in history.layers:
+        kinds = of_layer[layer.name]
+        if layer.order is None and layer.name != guilty:
+            continue
+        # A layer without an output of its own (a ParameterList) is shown by its parameters.
+        forward = _largest(history.values, kinds.get(OUTPUT) or kinds.get(PARAMETER, []))
+        backward = _largest(history.values, kinds.get(PARAMETER_GRAD) or kinds.get(OUTPUT_GRAD, []))
+        bad = [_bad(history.values, [i for kind in pair for i in kinds.get(kind, [])]) for pair in _DIRECTIONS]
+        story.append(Line(printable(layer.name), printable(layer.type), layer.name == guilty, forward, backward, bad[0], bad[1]))
+    return story
+
+
+_DIRECTIONS = ((PARAMETER, OUTPUT), (OUTPUT_GRAD, PARAMETER_GRAD))
+
+
+def _largest(values: NDArray[np.float32], taps: Sequence[int]) -> Floats:
+    """[T]: the largest norm of some taps, NaN where none has one."""
+    if not taps:
+        return np.full(len(values), np.nan)
+    norms = read(values[:, list(taps)], "norm")
+    return np.where(np.isnan(norms).all(axis=1), np.nan, np.nanmax(np.nan_to_num(norms, nan=-1.0, posinf=np.inf), axis=1))
+
+
+def _bad(values: NDArray[np.float32], taps: Sequence[int]) -> NDArray[np.bool_]:
+    """[T]: whether any of some taps held a NaN or +Inf."""
+    if not taps:
+        return np.zeros(len(values), dtype=np.bool_)
+    counts = np.nan_to_num(read(values[:, list(taps)], "nan")) + np.nan_to_num(read(values[:, list(taps)], "posinf"))
+    return np.asarray((counts > 0).any(axis=1))
+
+
+def that_matter(story: Sequence[Line], most: int) -> list[Line | int]:
+    """At most `most` lines in execution order, the guilty one and its neighbours first; gaps as the number left out."""
+    if len(story) <= most:
+        return list(story)
+    guilty = next((i for i, line in enumerate(story) if line.guilty), len(story) - 1)
+    ranked = sorted(range(len(story)), key=lambda i: (abs(i - guilty) > 3, i not in (0, len(story) - 1), -_rise(story[i])))
+    keep = sorted({guilty, *ranked[: most - 1]})
+    shown: list[Line | int] = []
+    last = -1
+    for i in keep:
+        if i > last + 1:
+            shown.append(i - last - 1)
+        shown.append(story[i])
+        last = i
+    return [*shown, len(story) - last - 1] if last < len(story) - 1 else shown
+
+
+def _rise(line: Line) -> float:
+    """By how many powers of ten the gradient rose in the window."""
+    finite = line.backward[np.isfinite(line.backward) & (line.backward > 0)]
+    return float(np.log10(finite[-1] / np.median(finite))) if finite.size else 0.0

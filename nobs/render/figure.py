@@ -1,0 +1,177 @@
+"""The crash as a picture: the loss on top, the layers that matter below, and with many layers a heat map of all.
+
+`matplotlib.figure.Figure` with Agg, never pyplot: no global state, no backend switched under the user, safe at crash time.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from .._codec import write_whole
+from .._columns import Floats
+from .._names import printable
+from .._schema import Report
+from . import _story
+
+MOST_LINES = 12
+"""With more layers than this a heat map shows them all."""
+
+RED, GREY, BLUE = "#c8102e", "#b4b4b4", "#1f4e79"
+_HEAT = "RdBu_r"
+_SIDES = (("output norm", "forward"), ("gradient norm", "backward"))
+
+
+def save_png(report: Report, path: Path) -> Path:
+    """Draw a report into a PNG file, which appears whole or not at all."""
+    buffer = io.BytesIO()
+    figure = draw(report)
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same report, the same bytes
+    return write_whole(path, buffer.getvalue())
+
+
+def draw(report: Report) -> Figure:
+    """The figure of a report."""
+    story = _story.lines(report)
+    heat = len(story) > MOST_LINES
+    heights = [1.1, 1.8, *([2.4] if heat else [])] if story else [1.0]
+    figure = Figure(figsize=(12, 3.2 + 2.1 * sum(heights) * 0.9), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    failed_at = report.failure.step if report.failure else None
+    figure.suptitle(
+        _title(report),
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        color=RED if report.failure or report.exception else "black",
+        parse_math=False,
+    )
+    _loss(figure.add_subplot(grid[0, :]), report, failed_at)
+    for column, (label, side) in enumerate(_SIDES if story else ()):
+        _lines(figure.add_subplot(grid[1, column]), report, story, side, label, failed_at)
+        if heat:
+            _heat(figure, figure.add_subplot(grid[2, column]), report, story, side, label, failed_at)
+    return figure
+
+
+def _title(report: Report) -> str:
+    lines = textwrap.wrap(_story.headline(report), 100, max_lines=2)
+    for finding in report.findings[:1]:
+        where = (
+            f" in {printable(finding.layer)} ({printable(finding.site or '')}) from step {finding.step}" if finding.layer else ""
+        )
+        lines += textwrap.wrap(f"{finding.cause}{where}, {finding.confidence:.0%} sure", 100, max_lines=2)
+    return "\n".join(lines)
+
+
+def _loss(axes: Any, report: Report, failed_at: int | None) -> None:
+    history = report.history
+    steps = history.steps
+    loss = history.scalars.get("loss", np.full(len(steps), np.nan))
+    finite = np.isfinite(loss)
+    axes.plot(steps[finite], loss[finite], color=BLUE, lw=1.6, marker="." if finite.sum() < 40 else "")
+    if finite.any() and (loss[finite] > 0).all():
+        axes.set_yscale("log")
+    _mark_bad(axes, steps, history.given.get("loss", np.zeros(len(steps), dtype=np.bool_)) & ~finite)
+    axes.set_ylabel("loss", color=BLUE)
+    _mark_failure(axes, steps, failed_at)
+    if failed_at is not None:
+        axes.annotate(
+            f"step {failed_at}", (failed_at, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=RED
+        )
+    lr = history.scalars.get("lr")
+    if lr is not None and np.isfinite(lr).any() and np.nanmax(lr) > np.nanmin(lr):
+        right = axes.twinx()
+        right.plot(steps, lr, color=GREY, lw=1.2, ls="--")
+        right.set_ylabel("learning rate", color="grey")
+        if np.nanmin(lr) > 0:
+            right.set_yscale("log")
+
+
+def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label: str, failed_at: int | None) -> None:
+    """The layers that matter on a log axis: the guilty one thick and red, named at its end, the others grey."""
+    steps = report.history.steps
+    shown = [line for line in _story.that_matter(story, MOST_LINES) if not isinstance(line, int)]
+    for line in sorted(shown, key=lambda line: line.guilty):
+        values, bad = _series(line, side)
+        drawn = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+        style = {"color": RED, "lw": 2.4, "zorder": 3, "label": line.name} if line.guilty else {"color": GREY, "lw": 1.0}
+        axes.plot(steps, drawn, marker="." if len(steps) < 40 else "", **style)
+        if line.guilty:
+            _mark_bad(axes, steps, bad)
+    axes.set_yscale("log")
+    axes.set_title(label, fontsize=11, loc="left")
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _mark_failure(axes, steps, failed_at)
+    if any(line.guilty for line in shown):
+        legend = axes.legend(loc="upper left", frameon=False, fontsize=11, labelcolor=RED)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a layer may be called $\frac$
+
+
+def _heat(
+    figure: Figure, axes: Any, report: Report, story: list[_story.Line], side: str, label: str, failed_at: int | None
+) -> None:
+    """Every layer over every step, in powers of ten against its own median; black where not finite."""
+    steps = report.history.steps
+    rows, bads = zip(*(_series(line, side) for line in story), strict=True)
+    values, bad = np.array(rows), np.array(bads)
+    logs = np.log10(np.where(np.isfinite(values) & (values > 0), values, np.nan))
+    known = np.isfinite(logs).any(axis=1, keepdims=True)
+    median = np.nanmedian(np.where(known, logs, 0), axis=1, keepdims=True)
+    shown = np.ma.masked_invalid(np.clip(logs - median, -3, 3))
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, len(story) - 0.5, -0.5)
+    image = axes.imshow(shown, aspect="auto", cmap=_HEAT, norm=TwoSlopeNorm(0, -3, 3), extent=extent, interpolation="nearest")
+    black = np.zeros((*bad.shape, 4))
+    black[bad, 3] = 1.0
+    axes.imshow(black, aspect="auto", extent=extent, interpolation="nearest")
+    _mark_failure(axes, steps, failed_at)
+    for i, line in enumerate(story):
+        if line.guilty:
+            axes.axhspan(i - 0.5, i + 0.5, fill=False, ec=RED, lw=1.6)
+            axes.annotate("▶", (0, i), xycoords=("axes fraction", "data"), ha="right", va="center", color=RED, fontsize=13)
+    ticks = _ticks(story)
+    axes.set_yticks(ticks, [_shorten(story[i].name) for i in ticks], fontsize=7, parse_math=False)
+    for tick, i in zip(axes.get_yticklabels(), ticks, strict=True):
+        tick.set_color(RED if story[i].guilty else "black")
+    axes.set_title(f"{label}, all {len(story)} layers in execution order (black: NaN or Inf)", fontsize=10, loc="left")
+    axes.set_xlabel("step")
+    figure.colorbar(image, ax=axes, label="powers of ten above its median", fraction=0.04)
+
+
+def _ticks(story: list[_story.Line], most: int = 24) -> list[int]:
+    """Which layers are named beside the heat map: evenly spread ones and the guilty one, its close neighbours not."""
+    every = max(1, -(-len(story) // most))
+    guilty = [i for i, line in enumerate(story) if line.guilty]
+    return sorted({*guilty, *(i for i in range(0, len(story), every) if all(abs(i - g) >= every for g in guilty))})
+
+
+def _shorten(name: str, width: int = 34) -> str:
+    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-width // 2 :]}"
+
+
+def _series(line: _story.Line, side: str) -> tuple[Floats, NDArray[np.bool_]]:
+    return getattr(line, side), getattr(line, f"{side}_bad")
+
+
+def _mark_failure(axes: Any, steps: NDArray[np.int64], failed_at: int | None) -> None:
+    if failed_at is not None and len(steps) and steps[0] <= failed_at <= steps[-1]:
+        axes.axvline(failed_at, color=RED, lw=1.2, ls=":")
+
+
+def _mark_bad(axes: Any, steps: NDArray[np.int64], bad: NDArray[np.bool_]) -> None:
+    """A cross at the upper edge for each step that is not finite: it has no place on the axis."""
+    axes.plot(
+        steps[bad], np.full(int(bad.sum()), 0.96), "x", color=RED, ms=9, mew=2.5, transform=axes.get_xaxis_transform(), zorder=4
+    )
