@@ -60,4 +60,5 @@ def read(values: Floats, statistic: str) -> Floats:
             explain(f"reading {statistic!r}", "no such statistic", f"one of {', '.join(STATISTICS)}", "'norm', say")
         ) from None
     values = values.astype(np.float64)
-    return np.where(np.isfinite(values[..., FIRST]), finish(values), np.nan)
+    with np.errstate(invalid="ignore", over="ignore"):  # a dump may hold any floats
+        return np.where(np.isfinite(values[..., FIRST]), finish(values), np.nan)

@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -32,8 +32,8 @@ class GradientWatch:
         self._touched: list[weakref.ref[Tensor]] = []
         self._armed_for = -1
 
-    def watch(self, parameter: nn.Parameter, tap: int) -> None:
-        """Record this parameter in line `tap` of the table and its gradient in the next."""
+    def watch(self, parameter: Tensor, tap: int) -> None:
+        """Record this parameter in line `tap` of the table and its gradient in the next. A second time changes nothing."""
         self._lines[parameter] = tap
         self._hook(parameter)
 

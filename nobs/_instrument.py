@@ -192,19 +192,20 @@ def _attach(chosen: Named, every: int) -> None:
         if module.forward.__func__ is not nn.Module.forward:  # type: ignore[attr-defined]  # ParameterList has none
             outputs.append((module, len(taps)))
             taps += [Tap(name, kind, "output", OUTPUT), Tap(name, kind, "output.grad", OUTPUT_GRAD)]
-        for own, parameter in module._parameters.items():
+        for key, parameter in module._parameters.items():
             if parameter is not None and parameter not in parameters:  # tied: counted under its first name
                 parameters[parameter] = len(taps)
-                site = f"parameter {own}" if own == "output" else own
+                site = f"parameter {key}" if key == "output" else key
                 taps += [Tap(name, kind, site, PARAMETER), Tap(name, kind, f"{site}.grad", PARAMETER_GRAD)]
     row = LiveRow(TapTable(tuple(taps)), _device(chosen), every)
     watch = GradientWatch(row)
-    row.release = watch.remove
+    row.watch, row.release = watch.watch, watch.remove
     for parameter, tap in parameters.items():
         watch.watch(parameter, tap)
     for module, tap in outputs:
         module.__class__ = _taps.tapped_class(type(module))
-        _taps.bind(module, row, tap)
+        own = {name: parameters[p] for name, p in module._parameters.items() if p is not None}
+        _taps.bind(module, row, tap, own)
 
 
 def _device(chosen: Named) -> torch.device:

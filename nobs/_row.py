@@ -34,6 +34,7 @@ class LiveRow:
         every: the taps run on every `every`-th step.
         recording: the switch. Compiled code guards on it, so it has two values and a model two graphs at the most.
         before_update: called at the end of each backward, before the optimizer: the recorder notes the learning rate there.
+        watch: records a parameter in a line of the table and its gradient in the next.
         release: takes the hooks off the parameters again.
         owner: a weak reference to the ring that reads this row.
         written_scalars: the device scalars of the running step, and where they stand.
@@ -45,6 +46,7 @@ class LiveRow:
         self.recording = True
         self.broken: Exception | None = None
         self.before_update: Callable[[], None] | None = None
+        self.watch: Callable[[Tensor, int], None] | None = None
         self.release: Callable[[], None] | None = None
         self.owner: Callable[[], object] | None = None
         self.written_scalars: dict[str, tuple[int, int]] = {}

@@ -108,7 +108,9 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
             super()._apply(fn, recurse)
             row = self._nobs_row
             row.follow(fn(torch.zeros((), device=row.values.device)).device)
-            bind(self, row, self._nobs_tap)
+            bind(self, row, self._nobs_tap, self._nobs_parameters)
+            for name, tap in self._nobs_parameters.items():  # some moves replace the parameters: from meta, say
+                row.watch(self._parameters[name], tap)
             return self
 
         def __reduce_ex__(self, protocol: Any) -> Any:
@@ -128,13 +130,16 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
     return Tapped
 
 
-def bind(layer: nn.Module, row: LiveRow, tap: int) -> None:
+def bind(layer: nn.Module, row: LiveRow, tap: int, parameters: dict[str, int]) -> None:
     """Give a layer the slots of its output (line `tap`) and of the output's gradient (the next line).
+
+    Args:
+        parameters: the layer's own parameters by name, with their lines.
 
     Plain attributes, and not buffers: invisible to state_dict, DDP, FSDP and optimizers, and taken as static memory by
     CUDA graphs because they are reached through a module.
     """
-    layer._nobs_row, layer._nobs_tap = row, tap  # type: ignore[assignment]
+    layer._nobs_row, layer._nobs_tap, layer._nobs_parameters = row, tap, parameters  # type: ignore[assignment]
     layer._nobs_output, layer._nobs_output_grad = row.slot(tap), row.slot(tap + 1)
 
 

@@ -49,12 +49,14 @@ def _positive(trigger: object, *names: str) -> None:
 
 
 class LossBaseline(NamedTuple):
-    """State of LossSpike: judged steps, the moving average and spread, the lowest average for long, the largest."""
+    """State of LossSpike: losses seen, their moving average and spread, both as they were at the lowest average, and the
+    largest average."""
 
     seen: int
     mean: float
     spread: float
     low: float
+    low_spread: float
     high: float
 
 
@@ -77,7 +79,7 @@ class LossSpike:
     """
 
     factor: float = 3.0
-    spreads: float = 6.0
+    spreads: float = 10.0
     warmup: int = 10
     window: int = 20
     memory: int = 10_000
@@ -90,24 +92,22 @@ class LossSpike:
         if not math.isfinite(loss):
             return state, None
         if state is None:
-            return LossBaseline(1, loss, 0.0, math.inf, abs(loss)), None
+            return LossBaseline(1, loss, 0.0, math.inf, 0.0, abs(loss)), None
         state = LossBaseline(*state)  # a checkpoint may have made a plain list of it
         failure = self._judge(state, loss, row.step) if state.seen >= self.warmup else None
         return (state if failure else self._learn(state, loss)), failure
 
-    def _limit(self, state: LossBaseline, base: float) -> float:
+    def _limit(self, state: LossBaseline, base: float, spread: float) -> float:
         """Above this a loss is too far from `base`; infinite while a loss of zero throughout gives no scale."""
-        spread = max(state.spread, 0.01 * state.high)
-        if spread == 0:
-            return math.inf
-        return max(base + self.spreads * spread, self.factor * base)
+        spread = max(spread, 0.003 * state.high)
+        return max(base + self.spreads * spread, self.factor * base) if spread else math.inf
 
     def _judge(self, state: LossBaseline, loss: float, step: int) -> Failure | None:
-        limit = self._limit(state, state.mean)
+        limit = self._limit(state, state.mean, state.spread)
         if loss > limit:
             message = f"loss {loss:.4g} at step {step}, {_against(loss, state.mean)}"
             return Failure("LossSpike", step, message, value=loss, threshold=limit)
-        limit = self._limit(state, state.low)
+        limit = self._limit(state, state.low, state.low_spread)
         if state.mean > limit and loss > state.low:
             message = f"loss climbed to {loss:.4g} by step {step}, {_against(state.mean, state.low, 'its lowest average')}"
             return Failure("LossSpike", step, message, value=state.mean, threshold=limit)
@@ -118,9 +118,15 @@ class LossSpike:
         weight = max(1 / seen, 1 / self.window)  # a plain mean at first, so that the first loss is not remembered
         mean = state.mean + weight * (loss - state.mean)
         spread = state.spread + weight * (abs(loss - state.mean) - state.spread)
-        low = state.low + (mean - state.low) / self.memory if math.isfinite(state.low) else math.inf
-        low = min(low, mean) if seen >= self.warmup else math.inf
-        return LossBaseline(seen, mean, spread, low, max(abs(mean), state.high * (1 - 1 / self.memory)))
+        high = max(abs(mean), state.high * (1 - 1 / self.memory))
+        if seen < self.warmup:
+            return LossBaseline(seen, mean, spread, math.inf, spread, high)
+        if mean <= state.low:
+            return LossBaseline(seen, mean, spread, mean, spread, high)
+        forget = 1 / self.memory  # the lowest average rises slowly, so that a run may settle on a higher loss
+        low = state.low + forget * (mean - state.low)
+        low_spread = state.low_spread + forget * (spread - state.low_spread)
+        return LossBaseline(seen, mean, spread, low, low_spread, high)
 
 
 def _against(value: float, base: float, what: str = "its moving average") -> str:

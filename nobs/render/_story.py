@@ -45,6 +45,8 @@ def headline(report: Report) -> str:
 
 def lines(report: Report) -> list[Line]:
     """All layers that ran, in execution order."""
+    if not len(report.history):
+        return []
     guilty = guilty_layer(report)
     history = report.history
     of_layer: dict[str, dict[str, list[int]]] = {}
@@ -83,12 +85,17 @@ def _bad(values: NDArray[np.float32], taps: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def that_matter(story: Sequence[Line], most: int) -> list[Line | int]:
-    """At most `most` lines in execution order, the guilty one and its neighbours first; gaps as the number left out."""
+    """At most `most` lines in execution order; gaps as the number left out.
+
+    The guilty one with its neighbours, the first and the last, and those whose gradients rose most, if tenfold.
+    """
     if len(story) <= most:
         return list(story)
     guilty = next((i for i, line in enumerate(story) if line.guilty), len(story) - 1)
-    ranked = sorted(range(len(story)), key=lambda i: (abs(i - guilty) > 3, i not in (0, len(story) - 1), -_rise(story[i])))
-    keep = sorted({guilty, *ranked[: most - 1]})
+    ends = (0, len(story) - 1)
+    near = [i for i in range(len(story)) if abs(i - guilty) <= 3 or i in ends]
+    risen = sorted((i for i in range(len(story)) if i not in near and _rise(story[i]) > 1), key=lambda i: -_rise(story[i]))
+    keep = sorted([*near, *risen][:most])
     shown: list[Line | int] = []
     last = -1
     for i in keep:

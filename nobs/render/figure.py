@@ -84,11 +84,7 @@ def _loss(axes: Any, report: Report, failed_at: int | None) -> None:
         axes.set_yscale("log")
     _mark_bad(axes, steps, history.given.get("loss", np.zeros(len(steps), dtype=np.bool_)) & ~finite)
     axes.set_ylabel("loss", color=BLUE)
-    _mark_failure(axes, steps, failed_at)
-    if failed_at is not None:
-        axes.annotate(
-            f"step {failed_at}", (failed_at, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=RED
-        )
+    _mark_failure(axes, steps, failed_at, named=True)
     lr = history.scalars.get("lr")
     if lr is not None and np.isfinite(lr).any() and np.nanmax(lr) > np.nanmin(lr):
         right = axes.twinx()
@@ -165,9 +161,14 @@ def _series(line: _story.Line, side: str) -> tuple[Floats, NDArray[np.bool_]]:
     return getattr(line, side), getattr(line, f"{side}_bad")
 
 
-def _mark_failure(axes: Any, steps: NDArray[np.int64], failed_at: int | None) -> None:
-    if failed_at is not None and len(steps) and steps[0] <= failed_at <= steps[-1]:
-        axes.axvline(failed_at, color=RED, lw=1.2, ls=":")
+def _mark_failure(axes: Any, steps: NDArray[np.int64], failed_at: int | None, named: bool = False) -> None:
+    """A dotted line at the failing step, with its number above it where asked for; nothing for a step out of the window."""
+    if failed_at is None or not len(steps) or not steps[0] <= failed_at <= steps[-1]:
+        return
+    axes.axvline(failed_at, color=RED, lw=1.2, ls=":")
+    if named:
+        place = {"xy": (failed_at, 1.0), "xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        axes.annotate(f"step {failed_at}", color=RED, **place)
 
 
 def _mark_bad(axes: Any, steps: NDArray[np.int64], bad: NDArray[np.bool_]) -> None:

@@ -19,12 +19,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .._codec import number
 from .._columns import Floats
 from .._names import printable
 from .._schema import Report, safe_text
 from . import _story
 
 MOST_LAYERS = 16
+_TYPE, _VALUE = 12, 8  # widths of columns
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,18 @@ def _why(report: Report) -> RenderableType:
 def _layers(report: Report, story: list[_story.Line], glyphs: Glyphs, width: int) -> RenderableType:
     """Layers in execution order: a sparkline and the last value forward, and the same backward."""
     steps = report.history.steps
-    name_width = max(10, min(max(len(line.name) for line in story), width // 4))
-    bars = max(4, (width - name_width - 11 - 2 * 8 - 12) // 2)
+    wide = width >= 100  # the type of the guilty layer stands above; narrow terminals leave it at that
+    name_width = max(8, min(max(len(line.name) for line in story), width * 2 // 5))
+    bars = max(3, (width - name_width - (_TYPE + 1 if wide else 0) - 2 * (_VALUE + 2) - 4) // 2)
     title = f"layers in execution order, steps {steps[0]} to {steps[-1]} (norms, log scale)"
     table = Table(title=Text(title, style="dim"), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", width=1)
     table.add_column("layer", width=name_width, no_wrap=True)
-    table.add_column("type", width=9, no_wrap=True, style="dim")
+    if wide:
+        table.add_column("type", width=_TYPE, no_wrap=True, style="dim")
     for what in ("output", "gradient"):
         table.add_column(what, width=bars, no_wrap=True)
-        table.add_column("last", width=8, justify="right", no_wrap=True)
+        table.add_column("last", width=_VALUE, justify="right", no_wrap=True)
     for line in _story.that_matter(story, MOST_LAYERS):
         if isinstance(line, int):
             table.add_row("", Text(f"{glyphs.ellipsis} {line} more", style="dim"))
@@ -143,7 +147,7 @@ def _layers(report: Report, story: list[_story.Line], glyphs: Glyphs, width: int
         table.add_row(
             Text(glyphs.guilty if line.guilty else "", style="bold red"),
             Text(_shorten(line.name, name_width, glyphs), style="bold red" if line.guilty else ""),
-            Text(_shorten(line.type, 9, glyphs)),
+            *([Text(_shorten(line.type, _TYPE, glyphs))] if wide else []),
             _sparkline(line.forward, line.forward_bad, bars, glyphs),
             _last(line.forward, line.forward_bad),
             _sparkline(line.backward, line.backward_bad, bars, glyphs),
@@ -184,7 +188,13 @@ def _last(values: Floats, bad: NDArray[np.bool_]) -> Text:
     if len(bad) and bad[-1]:
         return Text("NaN/Inf", style="bold red")
     value = float(values[-1]) if len(values) else float("nan")
-    return Text("-" if np.isnan(value) else f"{value:.3g}")
+    return Text("-" if np.isnan(value) else _figures(value, 3))
+
+
+def _figures(value: float, count: int) -> str:
+    """A number in some figures; not finite as the JSON has it."""
+    plain = number(float(value))
+    return plain if isinstance(plain, str) else f"{value:.{count}g}"
 
 
 def _scalars(report: Report, glyphs: Glyphs, width: int) -> RenderableType:
@@ -198,7 +208,7 @@ def _scalars(report: Report, glyphs: Glyphs, width: int) -> RenderableType:
         given = history.given[name]
         if given.any():
             bad = given & ~np.isfinite(values)
-            ends = f"{values[given][0]:.4g} to {values[given][-1]:.4g}"
+            ends = f"{_figures(values[given][0], 4)} to {_figures(values[given][-1], 4)}"
             grid.add_row(Text(printable(name)), _sparkline(np.abs(values), bad, max(4, width // 3), glyphs), Text(ends))
     return Padding(grid, (1, 0, 0, 1), expand=False)
 

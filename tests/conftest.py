@@ -1,0 +1,48 @@
+"""What all tests share: a clean Dynamo, a path to the examples, and no colours from the developer's terminal."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+
+for name in ("tests/twin", "tests/nets", "tests/samples", "tests/strategies", "examples/mnist_data"):
+    module = (ROOT / name).with_suffix(".py")  # imported by name; import-mode importlib leaves sys.path alone
+    spec = importlib.util.spec_from_file_location(module.stem, module)
+    sys.modules[module.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module.stem])
+
+settings.register_profile("nobs", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("nobs")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_surroundings(monkeypatch):
+    for name in (
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "COLUMNS",
+        "NOBS_DISABLE",
+        "RANK",
+        "WORLD_SIZE",
+        "TORCHELASTIC_RUN_ID",
+        "SLURM_JOB_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """No compiled code of another test, and the counters at zero; gives the counters."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()

@@ -1,0 +1,221 @@
+"""Faults planted in real training: the layer, the site, the step and the cause that the diagnosis names."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from nets import Images, Tokens, loss_of
+from torch import nn
+
+import nobs
+from nobs._schema import CAUSES, History
+from nobs.diagnosis import diagnose
+
+AT = 20
+
+
+def failing_run(model, fault, tmp_path, steps=30, lr=0.05, optimizer=torch.optim.SGD, **options):
+    """Train with `fault(step, model, optimizer, batch) -> batch` before each step; the report of the failure."""
+    nobs.instrument(model)
+    optimizer = optimizer(model.parameters(), lr=lr)
+    with nobs.Recorder(model, optimizer=optimizer, directory=tmp_path, on_failure="stop", **options) as recorder:
+        for step in range(steps):
+            batch = fault(step, model, optimizer, model.batch(8))
+            loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(loss, batch=f"batch {step}")
+    assert recorder.report is not None, "nothing failed"
+    return recorder.report
+
+
+def nan_in_forward(step, model, optimizer, batch):
+    model.blocks[1].up.poison = step == AT
+    return batch
+
+
+class PoisonedForward(nn.Linear):
+    poison = False
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + math.nan if self.poison else y
+
+
+class BadBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad.view(-1)[0] = math.nan
+        return grad
+
+
+class PoisonedBackward(nn.Linear):
+    poison = False
+
+    def forward(self, x):
+        return super().forward(BadBackward.apply(x) if self.poison else x)
+
+
+def tokens(layer):
+    model = Tokens()
+    model.blocks[1].up = layer(16, 32)
+    return model
+
+
+class Bare(Images):
+    """Without the norm, which would swallow a batch of the wrong scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.Identity()
+
+
+def nan_in_weight(step, model, optimizer, batch):
+    if step == AT:
+        model.blocks[2].up.weight.data[0, 0] = math.nan
+    return batch
+
+
+def nan_in_input(step, model, optimizer, batch):
+    if step == AT:
+        batch[0][0, 0, 0, 0] = math.nan
+    return batch
+
+
+def scaled_batch(step, model, optimizer, batch):
+    return (batch[0] * 1e4, batch[1]) if step == AT else batch
+
+
+def scaled_weight(step, model, optimizer, batch):
+    if step == AT:
+        model.fc.weight.data *= 1e3
+    return batch
+
+
+def fast(step, model, optimizer, batch):
+    optimizer.param_groups[0]["lr"] *= 1000 if step == AT else 1
+    return batch
+
+
+FAULTS = {
+    "NaN in a forward": (lambda: tokens(PoisonedForward), nan_in_forward, "nonfinite_forward", "blocks.1.up", AT),
+    "NaN in a backward": (lambda: tokens(PoisonedBackward), nan_in_forward, "nonfinite_backward", "blocks.1.up", AT),
+    "NaN in a weight": (Tokens, nan_in_weight, "nonfinite_weight", "blocks.2.up", AT),
+    "NaN in a batch": (Images, nan_in_input, "nonfinite_input", "conv1", AT),
+    "a batch x 1e4": (Bare, scaled_batch, "bad_batch", "conv1", AT),
+    "a weight x 1e3": (Images, scaled_weight, "weight_corruption", "fc", AT),
+    "learning rate x 1000": (Images, fast, "learning_rate", None, AT + 1),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults(name, tmp_path, capsys):
+    """The first finding is the cause, at the right layer and step."""
+    make, fault, cause, layer, step = FAULTS[name]
+    report = failing_run(make(), fault, tmp_path)
+    first = report.findings[0]
+    assert first.cause == cause, report.findings
+    assert first.step == step
+    assert layer is None or first.layer == layer
+    assert first.evidence
+    assert first.advice
+    assert first.layer in capsys.readouterr().err
+
+
+def test_execution_order_not_name_order(tmp_path, capsys):
+    """A NaN that enters at the embedding dirties every layer; `embed` comes last by registration and first by execution."""
+
+    def fault(step, model, optimizer, batch):
+        if step == 5:
+            model.embed.weight.data[:] = math.nan
+        return batch
+
+    report = failing_run(Tokens(), fault, tmp_path)
+    assert (report.findings[0].layer, report.findings[0].site) == ("embed", "weight")
+
+
+def test_float16_overflow(tmp_path, capsys):
+    """An activation that leaves float16's range is called that, with the headroom in numbers."""
+    model = nobs.instrument(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half())
+    nn.init.constant_(model[1].weight, 100.0)
+    with nobs.Recorder(model, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(20):
+            x = torch.full((2, 4), 20.0 * 1.5**step, dtype=torch.float16)
+            nn.init.constant_(model[0].weight, 0.25)
+            model[0].bias.data.zero_()
+            loss = model(x).float().mean()
+            loss.backward()
+            recorder.step(1.0)
+    first = recorder.report.findings[0]
+    assert (first.cause, first.layer) == ("overflow", "1")
+    assert "float16 ends at 6.55e+04" in first.evidence
+
+
+def test_a_loss_that_is_nan_by_itself(tmp_path, capsys):
+    """Every output is finite and the loss is not: born behind the last layer."""
+    model = nobs.instrument(Images())
+    with nobs.Recorder(model, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(5):
+            loss = loss_of(model, model.batch())
+            recorder.step(loss if step < 4 else (loss - loss - 1).log())
+    first = recorder.report.findings[0]
+    assert (first.cause, first.layer, first.site) == ("nonfinite_forward", "fc", "output")
+    assert "while every output is finite" in first.evidence
+
+
+def test_a_loss_spike_that_no_layer_shows(tmp_path, capsys):
+    """Only the number of the loss jumps: `loss_spike`, and no layer is blamed."""
+    model = nobs.instrument(Images())
+    with nobs.Recorder(model, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(30):
+            loss_of(model, model.batch(32)).backward()
+            model.zero_grad()
+            recorder.step(1.0 if step < 25 else 50.0)
+    assert [(f.cause, f.layer) for f in recorder.report.findings] == [("loss_spike", None)]
+
+
+def test_every_layer_masked_is_no_finding(tmp_path):
+    """-Inf in an output, as masks have it, is not taken for the origin of a failure."""
+
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.eye(4, dtype=torch.bool), -math.inf)
+
+    model = nobs.instrument(nn.Sequential(Masked(4, 4)))
+    ring = nobs.RingBuffer(model)
+    for step in range(5):
+        model(torch.randn(4, 4)).softmax(-1).sum().backward()
+        ring.add(step, 1.0)
+    assert diagnose(ring.history()) == ()
+
+
+def test_nothing_recorded():
+    """An empty history has no findings; causes come from the closed list."""
+    ring = nobs.RingBuffer(nobs.instrument(Images()))
+    assert diagnose(ring.history()) == ()
+    assert len(CAUSES) == len(set(CAUSES)) == 15
+
+
+def test_confidence_orders_the_findings(tmp_path, capsys):
+    """The surest first, each between 0 and 1, and nothing behind the failing step is looked at."""
+    report = failing_run(Bare(), scaled_batch, tmp_path)
+    confidences = [finding.confidence for finding in report.findings]
+    assert confidences == sorted(confidences, reverse=True)
+    assert all(0 < c <= 1 for c in confidences)
+    history = report.history
+    longer = History(
+        np.r_[history.steps, 99],
+        history.table,
+        np.r_[history.values, np.full_like(history.values[:1], np.nan)],
+        history.scalars,
+        history.given,
+        history.batches,
+    )
+    assert diagnose(longer, report.failure) == report.findings

@@ -1,0 +1,197 @@
+"""Putting taps in and taking them out: which layers, what stays as it was, and what a wrong call is told."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from nets import Images, Outputs, Tokens, loss_of
+from torch import nn
+
+import nobs
+from nobs.errors import AlreadyInstrumented, BadSetting, NothingToRecord, NotInstrumented, UnknownLayer
+
+
+def layers_of(model):
+    return {tap.layer for tap in nobs.RingBuffer(model).row.table.taps}
+
+
+def test_the_same_object_and_the_same_types():
+    """instrument returns the model; isinstance, repr, state_dict and the forward's signature are as without."""
+    plain, model = Tokens(), Tokens()
+    plain.load_state_dict(model.state_dict())
+    assert nobs.instrument(model) is model
+    assert isinstance(model.head, nn.Linear)
+    assert repr(model) == repr(plain)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert list(model.named_buffers()) == []
+    assert inspect.signature(model.head.forward) == inspect.signature(plain.head.forward)
+    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_default_layers():
+    """Every layer that owns parameters, and norms without any; not ReLU."""
+    model = nn.Sequential(
+        nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2, affine=False), nn.Bilinear(2, 2, 2), nn.GRUCell(2, 2), nn.PReLU()
+    )
+    assert layers_of(nobs.instrument(model)) == {"0", "2", "3", "4", "5"}
+    assert layers_of(nobs.instrument(Outputs())) == {"(model)", "split", "shared", "unused", "attention", "attention.out_proj"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (nn.LayerNorm, {"blocks.0.norm", "blocks.1.norm"}),
+        ("blocks.*.up", {"blocks.0.up", "blocks.1.up"}),
+        ("head", {"head"}),
+        (lambda name, module: name.startswith("blocks.1.") and isinstance(module, nn.Linear), {"blocks.1.down", "blocks.1.up"}),
+        ([nn.Embedding, "head"], {"embed", "head"}),
+    ],
+)
+def test_layers_by_type_glob_and_predicate(layers, expected):
+    """`layers=` takes what users of the field already write."""
+    assert layers_of(nobs.instrument(Tokens(depth=2), layers=layers)) == expected
+
+
+def test_tied_parameters_are_recorded_once():
+    """A weight that two layers share stands under its first name."""
+    model = Tokens(depth=1)
+    model.head.weight = model.embed.weight
+    row = nobs.RingBuffer(nobs.instrument(model)).row
+    weights = [(tap.layer, tap.site) for tap in row.table.taps if tap.site == "weight" and tap.layer in ("head", "embed")]
+    assert weights == [("head", "weight")]
+
+
+def test_uninstrument_gives_the_model_back():
+    """Class, attributes and hooks are as before; a second uninstrument says so; a new instrument works."""
+    model = Images()
+    before = {name: (type(module), sorted(vars(module))) for name, module in model.named_modules()}
+    nobs.uninstrument(nobs.instrument(model))
+    assert {name: (type(module), sorted(vars(module))) for name, module in model.named_modules()} == before
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    with pytest.raises(NotInstrumented, match=r"without taps[\s\S]*nobs.instrument"):
+        nobs.uninstrument(model)
+    nobs.instrument(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])
+def test_copies_are_plain(copied):
+    """A deep copy or a pickle is the model without nobs: an EMA of it records nothing here."""
+    model = nobs.instrument(Outputs())
+    ring = nobs.RingBuffer(model)
+    if copied == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    else:
+        twin = copied(model)
+    assert not any("_nobs_row" in vars(module) or "_nobs_plain" in type(module).__dict__ for module in twin.modules())
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    loss_of(twin, model.batch()).backward()
+    ring.add(0, 0.0)
+    assert not any(site for layer in ring.history().layers for site in layer.sites)
+    nobs.instrument(twin)
+
+
+def test_a_model_is_free_to_die():
+    """No reference cycle through hooks or slots keeps a model alive."""
+    model = nobs.instrument(Images())
+    loss_of(model, model.batch()).backward()
+    watched = weakref.ref(model), weakref.ref(model.fc.weight)
+    del model
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+
+
+def test_a_frozen_layer_that_is_thawed():
+    """requires_grad switched on later: its gradient is read from the next backward on."""
+    model = Images()
+    model.conv1.weight.requires_grad_(False)
+    nobs.instrument(model)
+    ring = nobs.RingBuffer(model)
+    for step in range(3):
+        loss_of(model, model.batch()).backward()
+        ring.add(step, 0.0)
+        model.conv1.weight.requires_grad_(True)
+    norms = ring.history()["conv1", "weight.grad", "norm"]
+    assert [value == value for value in norms] == [False, False, True]
+    assert (ring.history()["conv1", "weight", "norm"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: nobs.instrument(nobs.instrument(Images())), AlreadyInstrumented, r"'conv1' has its tap[\s\S]*uninstrument"),
+        (
+            lambda: nobs.instrument(nn.Sequential(nn.ReLU())),
+            NothingToRecord,
+            r"2 modules, none of which owns parameters[\s\S]*layers=",
+        ),
+        (lambda: nobs.instrument(Images(), layers="conv3"), UnknownLayer, r"'conv3', which fits no layer[\s\S]*'conv2', 'conv1'"),
+        (lambda: nobs.instrument(Images(), layers=nn.LSTM), UnknownLayer, r"LSTM, of which there is no layer[\s\S]*Conv2d"),
+        (lambda: nobs.instrument(Images(), layers=lambda n, m: False), NothingToRecord, "none"),
+        (lambda: nobs.instrument(Images(), every=0), BadSetting, r"every=0[\s\S]*at least 1"),
+        (lambda: nobs.instrument(Images(), every=1.5), BadSetting, "every=1.5"),
+        (lambda: nobs.instrument("model"), BadSetting, r"a str[\s\S]*torch.nn.Module"),
+        (
+            lambda: nobs.instrument(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, device="meta"))),
+            BadSetting,
+            r"cpu \(0\) and meta \(1\)",
+        ),
+        (lambda: nobs.Recorder(Images()), NotInstrumented, r"Images without taps[\s\S]*model = nobs.instrument\(model\)"),
+        (lambda: nobs.RingBuffer(nobs.instrument(Images()), capacity=0), BadSetting, "capacity=0"),
+    ],
+)
+def test_wrong_calls(call, error, says):
+    """Each says what was done, got, expected and what to type."""
+    with pytest.raises(error, match=says) as caught:
+        call()
+    assert isinstance(caught.value, nobs.NobsError)
+    for part in ("got:", "expected:", "type:"):
+        assert part in str(caught.value)
+
+
+def test_after_the_first_compiled_call_it_warns(fresh_dynamo):
+    """Late taps work, and the user is told the price; before the first call there is nothing to warn of."""
+    model = Tokens(depth=1)
+    compiled = torch.compile(model, backend="eager")
+    loss_of(compiled, model.batch())
+    with pytest.warns(nobs.NobsWarning, match="compiles again"):
+        nobs.instrument(compiled)
+    ring = nobs.RingBuffer(compiled)
+    loss_of(compiled, model.batch()).backward()
+    ring.add(0, 0.0)
+    assert ring.history()["head", "output", "norm"][0] > 0
+
+
+def test_names_without_the_wrappers(fresh_dynamo):
+    """torch.compile's `_orig_mod` is not part of a layer's name."""
+    model = nobs.instrument(torch.compile(Tokens(depth=1)))
+    assert "blocks.0.up" in layers_of(model)
+
+
+def test_disabled(monkeypatch):
+    """NOBS_DISABLE=1: nothing is put in, and everything can still be called."""
+    monkeypatch.setenv("NOBS_DISABLE", "1")
+    model = Images()
+    assert nobs.uninstrument(nobs.instrument(model)) is model
+    assert type(model.fc) is nn.Linear
+    ring = nobs.RingBuffer(model)
+    ring.add(0, float("nan"))
+    assert list(ring.drain()) == []
+    with nobs.Recorder(model) as recorder:
+        recorder.step(torch.tensor(float("nan")))
+        recorder.flush()
+        recorder.load_state_dict(recorder.state_dict())
+        with recorder.paused():
+            pass
+        assert len(recorder.history()) == 0
+        assert recorder.dump() is None
+        assert recorder.report is None

@@ -1,0 +1,138 @@
+"""The report as a user sees it: exact text at 80 columns, any width, pipe, colour and ASCII; and the picture."""
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from rich.cells import cell_len
+from samples import story_report
+from strategies import reports
+
+from nobs._schema import History
+from nobs.render import _story
+from nobs.render.figure import draw, save_png
+from nobs.render.terminal import print_report
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def printed(report, width=80, **options):
+    buffer = io.StringIO()
+    print_report(report, Path("crashes/run/step00000349/rank00000.json"), file=buffer, width=width, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["few", "many"])
+def test_golden_at_80_columns(name):
+    """The exact text. After a wanted change: run with NOBS_GOLDEN=write and read the difference."""
+    import os
+
+    text = printed(story_report() if name == "few" else story_report(layers=300, guilty=123))
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("NOBS_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_no_line_is_wider_than_the_terminal(width):
+    """At any width the text fits, and says the cause and the layer."""
+    text = printed(story_report(name="a_rather_long_name_of_a_block.{}.with_a_layer"), width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    assert "gradient_explosion" in text
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_what_failed_stands_first():
+    """Within the first lines: what, when, where; the guilty layer is marked in the table and shows its NaN."""
+    lines = printed(story_report()).splitlines()
+    assert any("loss is NaN at step 349" in line for line in lines[:4])
+    assert any("blocks.3.attention.up" in line and "step 335" in line for line in lines[:5])
+    (marked,) = [line for line in lines if line.startswith("▶")]
+    assert "✕" in marked
+    assert "NaN/Inf" in marked
+
+
+def test_plain_in_a_pipe_and_with_no_color(monkeypatch):
+    """No escape sequence in a pipe; colours where FORCE_COLOR asks for them, and never with NO_COLOR."""
+    assert "\x1b" not in printed(story_report())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in printed(story_report())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", printed(story_report()))
+
+
+def test_ascii_where_the_encoding_has_no_more():
+    """A terminal in Latin-1 gets ASCII instead of an error."""
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    print_report(story_report(), file=file, width=80)
+    file.flush()
+    text = raw.getvalue().decode("ascii")
+    (marked,) = [line for line in text.splitlines() if line.startswith("> blocks.3")]
+    assert "X  NaN/Inf" in marked
+
+
+def test_hostile_names_are_harmless():
+    """Markup, escapes, line breaks and path separators in a layer's name are shown as they are."""
+    name = "[bold red]{}[/]\x1b[2J\n../../x"
+    text = printed(story_report(name=name), 200)
+    assert "\x1b" not in text
+    assert "[bold red]3[/]\\x1b[2J\\n../../x" in text
+
+
+@settings(max_examples=30)
+@given(reports)
+def test_any_report_prints(report):
+    """GIVEN any report that can be loaded, THEN it prints, and no control character gets through."""
+    text = printed(report)
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_many_layers_show_the_guilty_one_and_its_neighbours():
+    """Of 300 layers: the first, the last, the guilty one with three on each side, and the gaps counted."""
+    shown = _story.that_matter(_story.lines(story_report(layers=300, guilty=123)), 16)
+    names = [line.name for line in shown if not isinstance(line, int)]
+    assert names == [f"blocks.{i}.attention.up" for i in (0, *range(120, 127), 299)]
+    assert len(names) + sum(line for line in shown if isinstance(line, int)) == 300
+
+
+@pytest.mark.parametrize(("layers", "panels"), [(1, 3), (6, 3), (13, 5), (300, 5)])
+def test_the_figure(layers, panels, tmp_path):
+    """Loss and two panels of lines; with many layers a heat map for each direction; the same bytes each time."""
+    report = story_report(layers=layers, guilty=layers // 2)
+    figure = draw(report)
+    assert sum(bool(axes.get_title(loc="left")) or axes.get_ylabel() == "loss" for axes in figure.axes) == panels
+    assert "loss is NaN at step 349" in figure.get_suptitle()
+    assert f"blocks.{layers // 2}.attention.up" in figure.get_suptitle()
+    path = save_png(report, tmp_path / "a.png")
+    assert path.read_bytes() == save_png(report, tmp_path / "b.png").read_bytes()
+    pixels = matplotlib.image.imread(path)[..., :3]
+    red = (abs(pixels - np.array([0xC8, 0x10, 0x2E]) / 255) < 0.02).all(axis=-1)
+    assert red.sum() > 500, "nothing is marked in red"
+
+
+@settings(max_examples=10)
+@given(reports)
+def test_any_report_draws(report):
+    """GIVEN any report that can be loaded, THEN it draws; layer names are no mathematics."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(draw(report)).draw()
+
+
+def test_a_mathematical_layer_name(tmp_path):
+    """Dollar signs would be an error of matplotlib's parser."""
+    save_png(story_report(name="$\\frac{{{}$", layers=14), tmp_path / "a.png")
+
+
+def test_a_report_without_steps():
+    """An empty history prints its reason."""
+    report = story_report()
+    empty = History(report.history.steps[:0], report.history.table, report.history.values[:0])
+    assert "dump on request (manual)" in printed(replace(report, history=empty, failure=None, findings=(), reason="manual"))

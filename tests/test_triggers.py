@@ -1,0 +1,218 @@
+"""Each trigger on made rows: what fires, what does not, and that nothing poisons or disarms it."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nobs
+from nobs._columns import COLUMNS, KINDS
+from nobs._schema import Failure, Row, Tap, TapTable
+from nobs.errors import BadSetting
+from nobs.triggers import DEFAULT, GradientNorm, LossSpike, NonFinite
+
+SITES = ("output", "output.grad", "weight", "weight.grad")
+TABLE = TapTable(
+    tuple(Tap(f"layer{i}", "Linear", site, kind) for i in (2, 0, 1) for site, kind in zip(SITES, KINDS, strict=True))
+)
+
+
+def row(step=0, loss=1.0, scalars=(), **changes):
+    """A healthy row of three layers that run in the order 0, 1, 2; `layer0_weight_grad=dict(norm=5)` changes a line."""
+    values = np.zeros((len(TABLE), len(COLUMNS)), dtype=np.float32)
+    for line, tap in enumerate(TABLE.taps):
+        values[line] = (1.0, 0.5, 0, 0, 0, 0, 10, 1 + int(tap.layer[-1]))
+    for key, columns in changes.items():
+        layer, _, site = key.partition("_")
+        for name, value in columns.items():
+            values[TABLE.line(layer, site.replace("_", ".")), COLUMNS.index(name)] = value
+    return Row(step, 0.0, {"loss": loss, **dict(scalars)}, TABLE, values)
+
+
+def judge(trigger, losses):
+    """The steps at which a trigger fires on a series of losses."""
+    state, fired = None, []
+    for step, loss in enumerate(losses):
+        state, failure = trigger.update(state, row(step, loss))
+        if failure:
+            fired.append(step)
+    return fired
+
+
+noise = np.random.default_rng(0).normal(size=5000)
+HEALTHY = {
+    "decaying": 2.3 * np.exp(-np.arange(400) / 100) + 0.05 * np.abs(noise[:400]),
+    "noisy": 1 + 0.3 * noise[:2000],
+    "near zero": 0.01 * np.abs(noise[:2000]),
+    "negative": -1000 + noise[:2000],
+    "crossing zero": np.linspace(5, -5, 1000) + 0.1 * noise[:1000],
+    "plateau": np.full(1000, 2.3),
+    "always zero": np.zeros(100),
+    "zero and then some": np.r_[np.zeros(50), 0.5, np.zeros(50)],
+    "slow rise by half": np.linspace(2, 3, 2000) + 0.05 * noise[:2000],
+    "falling by a thousand": np.geomspace(10, 0.01, 500) * (1 + 0.1 * noise[:500]),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_loss_spike_leaves_healthy_losses_alone(name):
+    """No alarm on losses that are noisy, negative, zero, or falling."""
+    assert judge(LossSpike(), HEALTHY[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "first"),
+    [
+        ([1.0] * 30 + [3.5], 30),
+        ([1.0, 1.1, 0.9] * 10 + [4.0], 30),
+        ([-1000.0, -1001, -999] * 20 + [-900.0], 60),
+        ([0.0, 0.01, 0.02] * 20 + [1.0], 60),
+        ([1.0] * 30 + [1e30], 30),
+    ],
+)
+def test_loss_spike_fires(losses, first):
+    """On a spike over a positive, a negative, and a near-zero loss."""
+    assert judge(LossSpike(), losses) == [first]
+
+
+@pytest.mark.parametrize("steps", [100, 300, 1000, 3000])
+def test_a_slow_climb_from_2_to_20(steps):
+    """No step of it is a spike over a moving average that climbs along; the lowest average remembers."""
+    climb = np.r_[np.full(50, 2.0), np.linspace(2, 20, steps)] + 0.05 * noise[: steps + 50]
+    fired = judge(LossSpike(), climb)
+    assert fired
+    assert climb[fired[0]] < 12
+
+
+def test_the_spike_does_not_enter_the_average():
+    """A second spike right behind the first is judged against the same average."""
+    losses = [1.0] * 30 + [10.0] * 50
+    assert judge(LossSpike(), losses) == list(range(30, 80))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_nothing_disarms_loss_spike(poison):
+    """NaN before, in and after the warm-up: the spike behind it is still found, and only the spike."""
+    assert judge(LossSpike(), [poison, 1.0, poison, *[1.0] * 30, poison, 1.0, 10.0, 1.0]) == [35]
+
+
+@given(st.lists(st.floats(width=32), max_size=60))
+def test_triggers_are_never_poisoned(prefix):
+    """GIVEN any floats as losses and norms, THEN each default trigger keeps a finite state and still finds a NaN."""
+    states = [None] * len(DEFAULT)
+    for step, x in enumerate(prefix):
+        r = row(step, x, layer1_weight_grad={"norm": x, "absmax": x})
+        for i, trigger in enumerate(DEFAULT):
+            states[i], _ = trigger.update(states[i], r)
+    if isinstance(states[2], tuple):
+        assert all(math.isfinite(v) or v == math.inf for v in states[2])
+    if states[1] is not None:
+        assert np.isfinite(states[1]["log"]).all()
+    engine = nobs.TriggerEngine()
+    engine.states[: len(states)] = states
+    assert engine.check(row(99, math.nan)).trigger == "NonFinite"
+
+
+def test_gradient_norm_names_the_layer():
+    """Alone, a threshold; it names the largest."""
+    _, failure = GradientNorm(100).update(None, row(7, layer1_weight_grad={"norm": 150}, layer0_weight_grad={"norm": 120}))
+    assert (failure.layer, failure.site, failure.step, failure.value) == ("layer1", "weight.grad", 7, 150)
+    assert "gradient norm 150 of layer1.weight at step 7 (1 more above)" in failure.message
+    assert GradientNorm(100).update(None, row(layer1_weight_grad={"norm": 99}))[1] is None
+
+
+def test_gradient_norm_with_a_baseline():
+    """Healthy runs with large sums live; the layer furthest above its own baseline is named, not the largest."""
+    trigger, state = GradientNorm(100, factor=10), None
+    for step in range(50):
+        state, failure = trigger.update(state, row(step, layer0_weight_grad={"norm": 5000 + step}))
+        assert failure is None
+    for step in (50, 51):  # the failing norm is not learned: the second is judged like the first
+        state, failure = trigger.update(state, row(step, layer0_weight_grad={"norm": 6e4}, layer1_weight_grad={"norm": 900}))
+        assert failure.layer == "layer1"
+        assert "900 times its baseline" in failure.message
+
+
+def test_gradient_norm_survives_nan_and_inf():
+    """A NaN norm (nothing finite) is NonFinite's; an infinite one is above any threshold; neither is learned."""
+    trigger, state = GradientNorm(100, factor=10), None
+    for step in range(10):
+        state, failure = trigger.update(state, row(step, layer0_weight_grad={"norm": 0, "nan": 10}))
+        assert failure is None
+    state, failure = trigger.update(state, row(10, layer1_weight_grad={"norm": math.inf}))
+    assert failure.layer == "layer1"
+
+
+def test_non_finite_loss_first_then_the_first_site():
+    """The loss; then parameters, outputs forward, gradients backward, in execution order and not in table order."""
+    bad = {"nan": 3, "norm": 0.5}
+    both = row(5, math.nan, layer0_output=bad)
+    assert NonFinite().update(None, both)[1].message == "loss is NaN at step 5"
+    cases = [
+        ({"layer2_output": bad, "layer1_output": bad, "layer0_output_grad": bad}, ("layer1", "output")),
+        ({"layer0_output_grad": bad, "layer1_output_grad": bad, "layer1_weight_grad": bad}, ("layer1", "output.grad")),
+        ({"layer2_weight": bad, "layer0_output": bad}, ("layer2", "weight")),
+        ({"layer0_weight_grad": bad}, ("layer0", "weight.grad")),
+    ]
+    for changes, expected in cases:
+        failure = NonFinite().update(None, row(5, 1.0, **changes))[1]
+        assert (failure.layer, failure.site) == expected
+        assert "3 of 10 values NaN in layer" in failure.message
+
+
+def test_masked_minus_inf_is_legal_in_outputs_only():
+    """Attention masks are -Inf; in a weight or a gradient it is a failure, and +Inf is one everywhere."""
+    assert NonFinite().update(None, row(layer1_output={"neginf": 5}))[1] is None
+    assert NonFinite().update(None, row(layer1_output={"neginf": 5, "nan": 1}))[1].value == 1
+    for key in ("layer1_output_grad", "layer1_weight", "layer1_weight_grad"):
+        assert "Inf" in NonFinite().update(None, row(**{key: {"neginf": 5}}))[1].message
+    assert NonFinite().update(None, row(layer1_output={"posinf": 5}))[1] is not None
+
+
+def test_a_grad_scaler_may_overflow_for_a_while():
+    """With a loss scale, non-finite gradients are expected; a non-finite output never is; nor 21 steps of it."""
+    trigger, state, fired = NonFinite(), None, []
+    for step in range(25):
+        state, failure = trigger.update(state, row(step, scalars={"loss_scale": 65536.0}, layer0_weight_grad={"posinf": 4}))
+        fired += [step] if failure else []
+    assert fired == [20, 21, 22, 23, 24]
+    assert trigger.update(None, row(scalars={"loss_scale": 2.0}, layer0_output={"nan": 1}))[1] is not None
+    state, _ = trigger.update(state, row(scalars={"loss_scale": 2.0}))
+    assert state == 0
+
+
+def test_the_engine_takes_a_users_trigger():
+    """Any object with `update`; every trigger learns from every row, the first failure is given back."""
+
+    class Even:
+        def update(self, state, row):
+            state = (state or 0) + 1
+            return state, Failure("Even", row.step, "even") if row.step % 2 == 0 else None
+
+    engine = nobs.TriggerEngine(grad_threshold=10, spike_factor=2, triggers=[Even()])
+    assert [engine.check(row(step)) and engine.check(row(step)).trigger for step in (1, 2, 3)] == [None, "Even", None]
+    assert engine.check(row(4, math.nan)).trigger == "NonFinite"
+    assert engine.states[-1] == 5
+
+
+@pytest.mark.parametrize("value", [math.nan, 0, -1, math.inf, "3", None, True])
+def test_thresholds_that_make_no_sense(value):
+    """NaN, zero, negative: refused at set-up, with an example."""
+    for call in (
+        lambda: nobs.TriggerEngine(grad_threshold=value),
+        lambda: nobs.TriggerEngine(spike_factor=value),
+        lambda: LossSpike(warmup=value),
+        lambda: NonFinite(patience=value),
+    ):
+        with pytest.raises(BadSetting, match=r"a positive finite number[\s\S]*type:"):
+            call()
+    with pytest.raises(BadSetting, match="an object with update"):
+        nobs.TriggerEngine(triggers=[3])
+
+
+def test_settings_are_frozen():
+    """A trigger is settings; its state is elsewhere."""
+    with pytest.raises(AttributeError):
+        LossSpike().factor = 2
