@@ -16,6 +16,7 @@ def packed(state: Any) -> Any:
 
 
 def unpacked(state: Any) -> Any:
+    """The state again: tensors become arrays."""
     return _mapped(state, Tensor, lambda tensor: tensor.numpy().copy())
 
 

@@ -148,6 +148,7 @@ def _one_batch(case: Case) -> bool:
 
 
 def bad_batch(case: Case) -> Finding | None:
+    """The input changed: everything from the first layer on is out of its band in one step."""
     if not case.leavers or not _one_batch(case):
         return None
     first = case.leavers[0]
@@ -176,6 +177,7 @@ def _jumped(case: Case) -> Event | None:
 
 
 def weight_jump(case: Case) -> Finding | None:
+    """A parameter was written to by something else than its update."""
     event = _jumped(case)
     if event is None:
         return None

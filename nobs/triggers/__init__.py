@@ -1,0 +1,23 @@
+"""The brain: judges rows one by one, in order, on the host.
+
+A trigger is frozen settings with one pure method, `update(state, row) -> (state, failure or None)`. The first state is
+None; a state is made of numbers, strings, lists, tuples, dicts and NumPy arrays, so that it goes into a checkpoint. Judging
+step 10 million costs what judging step 10 cost. A trigger of your own is any object of that shape:
+
+    class Stuck:
+        def update(self, state, row):
+            same = row.scalars["loss"] == (state or {}).get("loss")
+            failure = nobs.Failure("Stuck", row.step, "the loss does not move") if same else None
+            return {"loss": row.scalars["loss"]}, failure
+
+What judges is never judged by itself: a spike or a NaN does not enter the average that it was compared with.
+"""
+
+from __future__ import annotations
+
+from .engine import DEFAULT as DEFAULT
+from .engine import TriggerEngine as TriggerEngine
+from .gradient_norm import GradientNorm as GradientNorm
+from .loss_spike import LossSpike as LossSpike
+from .nonfinite import NonFinite as NonFinite
+from .shape import Trigger as Trigger

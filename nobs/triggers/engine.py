@@ -1,0 +1,60 @@
+"""All triggers over each row, and the set that the Recorder uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .._schema import Failure, Row
+from ..errors import BadSetting, explain
+from .gradient_norm import GradientNorm
+from .loss_spike import LossSpike
+from .nonfinite import NonFinite
+from .shape import Trigger
+
+
+class TriggerEngine:
+    """The brain on its own: shows each row to each trigger.
+
+    Args:
+        grad_threshold: of GradientNorm.
+        spike_factor: of LossSpike.
+        triggers: more triggers, asked after the three of the house.
+
+    Raises:
+        BadSetting: a threshold that is NaN or not positive.
+    """
+
+    def __init__(self, grad_threshold: float = 100.0, spike_factor: float = 3.0, *, triggers: Iterable[Trigger] = ()) -> None:
+        self._setup((NonFinite(), GradientNorm(grad_threshold), LossSpike(spike_factor), *triggers))
+
+    @classmethod
+    def only(cls, triggers: Iterable[Trigger]) -> TriggerEngine:
+        """An engine with these triggers and no others."""
+        engine = cls.__new__(cls)
+        engine._setup(tuple(triggers))
+        return engine
+
+    def _setup(self, triggers: Sequence[Trigger]) -> None:
+        for trigger in triggers:
+            if not callable(getattr(trigger, "update", None)):
+                raise BadSetting(
+                    explain("triggers=[...]", f"{trigger!r}", "an object with update(state, row)", "nobs.triggers.LossSpike()")
+                )
+        self.triggers = tuple(triggers)
+        self.states: list[Any] = [None] * len(self.triggers)
+
+    def check(self, row: Row) -> Failure | None:
+        """Show a row to every trigger; each learns from it. The first failure, in the order of the triggers, or None.
+
+        Cost: a few NumPy calls over the row, no loop over layers.
+        """
+        first = None
+        for i, trigger in enumerate(self.triggers):
+            self.states[i], failure = trigger.update(self.states[i], row)
+            first = first or failure
+        return first
+
+
+DEFAULT = (NonFinite(), GradientNorm(100.0, factor=10.0), LossSpike())
+"""What the Recorder uses."""

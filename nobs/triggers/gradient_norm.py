@@ -1,0 +1,66 @@
+"""A gradient norm above a threshold, and above its own baseline where asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._columns import PARAMETER_GRAD
+from .._schema import Failure, Row
+from .shape import positive
+
+
+@dataclass(frozen=True)
+class GradientNorm:
+    """A parameter's gradient norm (L2, unscaled, unclipped) is above a threshold; names the layer.
+
+    Args:
+        threshold: the norm.
+        factor: if given, the norm must also be this many times the site's own baseline, so that a healthy run whose
+            gradients are large sums lives. The baseline is a moving average of the logarithm that a failing norm does
+            not enter.
+        warmup: with a factor, steps that only build the baseline.
+        window: the baseline's length in steps.
+    """
+
+    threshold: float = 100.0
+    factor: float | None = None
+    warmup: int = 2
+    window: int = 20
+
+    def __post_init__(self) -> None:
+        positive(self, "threshold", "warmup", "window", *(["factor"] if self.factor is not None else []))
+
+    def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
+        lines = row.table.of_kind[PARAMETER_GRAD]
+        norms = np.abs(row.kind(PARAMETER_GRAD, "norm"))
+        if state is None or len(state["count"]) != len(lines):
+            state = {"count": np.zeros(len(lines)), "log": np.zeros(len(lines))}
+        high = norms > self.threshold  # NaN compares false: where nothing was finite, NonFinite speaks
+        ratio = np.full(len(lines), np.inf)
+        if self.factor is not None:
+            known = state["count"] >= self.warmup
+            ratio = np.where(known, norms / np.exp(state["log"]), 0)
+            high &= ratio > self.factor
+        state = self._learn(state, norms, ~high)
+        return state, self._failure(row, lines, norms, ratio, high) if high.any() else None
+
+    def _learn(self, state: Any, norms: NDArray[np.floating[Any]], healthy: NDArray[np.bool_]) -> Any:
+        learns = healthy & np.isfinite(norms) & (norms > 0)
+        count = state["count"] + learns
+        weight = np.maximum(1 / np.maximum(count, 1), 1 / self.window)
+        step = np.log(np.where(learns, norms, 1)) - state["log"]
+        return {"count": count, "log": np.where(learns, state["log"] + weight * step, state["log"])}
+
+    def _failure(self, row: Row, lines: Any, norms: Any, ratio: Any, high: Any) -> Failure:
+        """Of the sites above, the one furthest above its own baseline; without baselines, the largest."""
+        worst = int(np.argmax(np.where(high, norms if self.factor is None else ratio, -np.inf)))
+        tap = row.table.taps[lines[worst]]
+        norm = float(norms[worst])
+        more = f", {ratio[worst]:.3g} times its baseline" if self.factor is not None else ""
+        others = f" ({int(high.sum()) - 1} more above)" if high.sum() > 1 else ""
+        message = f"gradient norm {norm:.4g} of {tap.layer}.{tap.site.removesuffix('.grad')} at step {row.step}{more}{others}"
+        return Failure("GradientNorm", row.step, message, tap.layer, tap.site, norm, self.threshold)

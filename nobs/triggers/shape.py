@@ -1,0 +1,30 @@
+"""The shape of a trigger, and the check of its settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any, Protocol
+
+from .._schema import Failure, Row
+from ..errors import BadSetting, explain
+
+
+class Trigger(Protocol):
+    """What the engine asks of a trigger."""
+
+    def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]: ...
+
+
+def positive(trigger: object, *names: str) -> None:
+    """Refuse settings that are NaN, infinite or not positive."""
+    for name in names:
+        value = getattr(trigger, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            default = next(f.default for f in fields(trigger) if f.name == name)  # type: ignore[arg-type]
+            shown = 10.0 if default is None else default
+            raise BadSetting(
+                explain(
+                    f"{type(trigger).__name__}({name}=...)", f"{name}={value!r}", "a positive finite number", f"{name}={shown}"
+                )
+            )
