@@ -8,7 +8,6 @@ ring behind, which is counted. On CPU the ring is the host memory itself, and ev
 from __future__ import annotations
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,7 +61,7 @@ class RingBuffer:
         self.capacity = capacity
         self._off = _launch.disabled()
         self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
-        self.row.owner = weakref.ref(self)
+        self.row.owned_by(self)
         self.waits = 0
         """How often `add` had to wait because the device was a whole ring behind."""
         self._device = self.row.values.device
@@ -104,7 +103,7 @@ class RingBuffer:
             self._link.send(self.row.values, place)
         self._records.append(record)
         self._added += 1
-        self.row.reset()
+        self.row.next_step()
 
     def _write_scalars(self, step: int, given: Mapping[str, Tensor | float], batch: object) -> _Record:
         """Numbers stay on the host; tensors on an accelerator go into the row, so that nobody asks for their value."""

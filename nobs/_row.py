@@ -9,6 +9,7 @@ Compiled graphs write to fixed addresses, so the row never moves while a step ru
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -90,7 +91,13 @@ class LiveRow:
         line, column = self.written_scalars[name] = divmod(place, len(COLUMNS))
         self.values[line, column].copy_(value.detach().reshape(()))
 
-    def reset(self) -> None:
+    def owned_by(self, ring: object) -> None:
+        """Begin to record for a ring, at step 0: what ran before it (a trial forward, another ring's steps) is forgotten."""
+        self.owner = weakref.ref(ring)
+        self._steps = -1
+        self.next_step()
+
+    def next_step(self) -> None:
         """Begin the next step: blank lines, clock at zero, and the switch for that step.
 
         Writes through the row and not through the slots: their version counters stay, so a graph that saved a slot for a

@@ -26,6 +26,9 @@ from . import _story
 MOST_LINES = 12
 """With more layers than this a heat map shows them all."""
 
+MOST_NAMED = 6
+"""With at most this many, each line is named at its end."""
+
 RED, GREY, BLUE = "#c8102e", "#b4b4b4", "#1f4e79"
 _HEAT = "RdBu_r"
 _SIDES = (("output norm", "forward"), ("gradient norm", "backward"))
@@ -105,6 +108,9 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
         axes.plot(steps, drawn, marker="." if len(steps) < 40 else "", **style)
         if line.guilty:
             _mark_bad(axes, steps, bad)
+            _mark_onset(axes, report, drawn, side)
+        elif len(shown) <= MOST_NAMED:
+            _name_at_the_end(axes, steps, drawn, line.name)
     axes.set_yscale("log")
     axes.set_title(label, fontsize=11, loc="left")
     axes.set_xlabel("step")
@@ -114,6 +120,22 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
         legend = axes.legend(loc="upper left", frameon=False, fontsize=11, labelcolor=RED)
         for text in legend.get_texts():
             text.set_parse_math(False)  # a layer may be called $\frac$
+
+
+def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
+    """A ring where the first finding began, on the side of its site."""
+    first = report.findings[0] if report.findings else None
+    at = np.flatnonzero(report.history.steps == first.step) if first and first.step is not None else np.empty(0, dtype=np.intp)
+    if first and at.size and (side == "backward") == (first.site or "").endswith(".grad"):
+        axes.plot(report.history.steps[at], drawn[at], "o", mec=RED, mfc="white", mew=2, ms=8, zorder=5)
+
+
+def _name_at_the_end(axes: Any, steps: NDArray[np.int64], drawn: Floats, name: str) -> None:
+    there = np.flatnonzero(np.isfinite(drawn))
+    if there.size:
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        end = axes.annotate(_shorten(name, 20), (steps[there[-1]], drawn[there[-1]]), color="grey", fontsize=8, **place)
+        end.set_parse_math(False)
 
 
 def _heat(
@@ -134,16 +156,18 @@ def _heat(
     axes.imshow(black, aspect="auto", extent=extent, interpolation="nearest")
     _mark_failure(axes, steps, failed_at)
     for i, line in enumerate(story):
-        if line.guilty:
-            axes.axhspan(i - 0.5, i + 0.5, fill=False, ec=RED, lw=1.6)
-            axes.annotate("▶", (0, i), xycoords=("axes fraction", "data"), ha="right", va="center", color=RED, fontsize=13)
+        if line.guilty:  # arrows from both sides: a frame would hide a row that is a pixel high
+            for side_of_axes, arrow, align in ((0, "▶", "right"), (1, "◀", "left")):
+                place = {"xy": (side_of_axes, i), "xycoords": ("axes fraction", "data"), "ha": align, "va": "center"}
+                axes.annotate(arrow, color=RED, fontsize=13, **place)
     ticks = _ticks(story)
+    axes.tick_params(axis="y", pad=12)
     axes.set_yticks(ticks, [_shorten(story[i].name) for i in ticks], fontsize=7, parse_math=False)
     for tick, i in zip(axes.get_yticklabels(), ticks, strict=True):
         tick.set_color(RED if story[i].guilty else "black")
     axes.set_title(f"{label}, all {len(story)} layers in execution order (black: NaN or Inf)", fontsize=10, loc="left")
     axes.set_xlabel("step")
-    figure.colorbar(image, ax=axes, label="powers of ten above its median", fraction=0.04)
+    figure.colorbar(image, ax=axes, label="powers of ten above its median", fraction=0.04, pad=0.06)
 
 
 def _ticks(story: list[_story.Line], most: int = 24) -> list[int]:
