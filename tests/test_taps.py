@@ -71,7 +71,7 @@ def test_every_number_equals_the_twin(mode, name, fresh_dynamo):
     assert len(rows) == len(lines) == 3
     for row, expected in zip(rows, lines, strict=True):
         # In compile, outputs themselves differ by rounding; near-zero values are compared to the layer's scale.
-        assert_agree(row, expected, rtol=1e-5 if mode == "eager" else 5e-5, atol=1e-30 if mode == "eager" else 1e-7)
+        assert_agree(row, expected, rtol=1e-5 if mode == "eager" else 5e-5, atol=1e-30 if mode == "eager" else 1e-6)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -115,7 +115,7 @@ def test_several_forwards_before_their_backwards(fresh_dynamo):
         for loss in losses:
             loss.backward()
     ring.add(0, losses[0])
-    assert_agree(next(ring.drain()), twin.lines(values), rtol=5e-5, atol=1e-7)
+    assert_agree(next(ring.drain()), twin.lines(values), rtol=5e-5, atol=1e-6)
 
 
 def test_checkpoint_around_a_compiled_block(fresh_dynamo):
@@ -131,7 +131,7 @@ def test_checkpoint_around_a_compiled_block(fresh_dynamo):
         loss = loss_of(each, batch)
         loss.backward()
     ring.add(0, loss)
-    assert_agree(next(ring.drain()), twin.lines(values), rtol=5e-5, atol=1e-7)
+    assert_agree(next(ring.drain()), twin.lines(values), rtol=5e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["eager", "whole"])
