@@ -11,7 +11,6 @@ Nothing is imported until it is used: a dump opens on a laptop without torch.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,10 +54,9 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        try:
-            return version("neural-observer")
-        except PackageNotFoundError:  # a source tree that was never installed
-            return "0+unknown"
+        from ._launch import installed_version
+
+        return installed_version()
     if name not in _HOME:
         raise AttributeError(f"module 'nobs' has no attribute {name!r}")
     home = importlib.import_module(f".{_HOME[name] or name}", __name__)

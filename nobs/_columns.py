@@ -15,7 +15,8 @@ Floats = NDArray[np.floating[Any]]
 COLUMNS = ("norm", "absmax", "nan", "posinf", "neginf", "zeros", "elements", "first")
 """The eight float32 of a line.
 
-`norm` (L2) and `absmax` are over the finite values; `nan`, `posinf`, `neginf` are counts; `zeros` is a fraction;
+`norm` (L2) and `absmax` are over the finite values, and `norm` is NaN where none was; what is beyond float32's range reads as
+infinity; `nan`, `posinf`, `neginf` are counts, exact up to 2**24; `zeros` is a fraction;
 `elements` the tensor's size; `first` the reading of the step's clock when the tap first ran, with the code of the dtype
 in sixteenths behind the point (see DTYPES), and infinity where the tap did not run.
 """
@@ -33,8 +34,8 @@ def _nonfinite(v: Floats) -> Floats:
 
 
 def _norm(v: Floats) -> Floats:
-    """NaN where not one value was finite: the other columns leave the non-finite out, and 0 would look healthy."""
-    return np.where(_nonfinite(v) >= v[..., ELEMENTS], np.nan, v[..., NORM])
+    """NaN where there was nothing to measure; where no value was finite it is NaN already."""
+    return np.where(v[..., ELEMENTS] > 0, v[..., NORM], np.nan)
 
 
 STATISTICS: Mapping[str, Callable[[Floats], Floats]] = {
@@ -48,7 +49,10 @@ STATISTICS: Mapping[str, Callable[[Floats], Floats]] = {
     "zeros": lambda v: v[..., ZEROS],
     "elements": lambda v: v[..., ELEMENTS],
 }
-"""Statistics by name, finished from the columns when they are read. To add one: a row here and a test."""
+"""Statistics by name, finished from the columns when they are read. To add one: a row here and a test.
+
+`rms` is `norm` over the root of `elements`: exact where all calls of a step were of one size, as the columns fold apart.
+"""
 
 
 def read(values: Floats, statistic: str) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ def publish(report: Report, run: Path) -> Path | None:
         print_report(report, path, file=sys.stderr)
     except Exception as error:
         _complain("could not print the report", error)
-        print(f"nobs: {safe_text(report.summary(), 1000)}; dump: {path}", file=sys.stderr)
+        _say(f"nobs: {safe_text(report.summary(), 1000)}; dump: {path}")
     return path
 
 
@@ -54,7 +55,12 @@ def _draw(report: Report, path: Path) -> None:
 def _complain(what: str, error: Exception) -> None:
     """In the log with its trace, and on stderr in a line: at a crash nobody may be reading the log."""
     log.warning("nobs %s: %s", what, safe_text(error), exc_info=error)
-    print(f"nobs {what}: {safe_text(error)}", file=sys.stderr)
+    _say(f"nobs {what}: {safe_text(error)}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):  # stderr may be closed, or None
+        print(text, file=sys.stderr)
 
 
 def _step(report: Report) -> int:

@@ -92,6 +92,7 @@ def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None,
                 "layers=nn.ReLU, say, to record layers without parameters",
             )
         )
+    _refuse_lazy(chosen)
     _warn_if_compiled(model)
     _attach(chosen, every)
     return model
@@ -110,11 +111,13 @@ def uninstrument(model: Model) -> Model:
         raise NotInstrumented(
             explain("nobs.uninstrument(model)", "a model without taps", "an instrumented model", "model = nobs.instrument(model)")
         )
+    tapped = [module for module in model.modules() if "_nobs_row" in vars(module)]
+    _refuse_parametrized(tapped)
     for row in rows:
         row.pause(True)  # a recorder that still holds the row records nothing from here on
         if row.release is not None:
             row.release()
-    for module in [module for module in model.modules() if "_nobs_row" in vars(module)]:
+    for module in tapped:
         _taps.unbind(module)
     return model
 
@@ -133,6 +136,33 @@ def _refuse_second_time(named: Named) -> None:
                     f"a model whose layer {name!r} has its tap already",
                     "a model without taps",
                     "nobs.uninstrument(model) first, or drop the second call",
+                )
+            )
+
+
+def _refuse_lazy(chosen: Named) -> None:
+    for name, module in chosen.items():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(nn.parameter.is_lazy(tensor) for tensor in own if tensor is not None):
+            raise BadSetting(
+                explain(
+                    "nobs.instrument(model)",
+                    f"the lazy layer {name!r}, whose parameters do not exist yet",
+                    "layers that have run once",
+                    "model(example_input), and then nobs.instrument(model)",
+                )
+            )
+
+
+def _refuse_parametrized(tapped: list[nn.Module]) -> None:
+    for module in tapped:
+        if "_nobs_plain" not in vars(type(module)):
+            raise BadSetting(
+                explain(
+                    "nobs.uninstrument(model)",
+                    f"a {type(module).__name__} whose class was changed again after nobs.instrument",
+                    "the class that nobs gave it",
+                    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, say",
                 )
             )
 
@@ -185,27 +215,52 @@ def _unknown(select: Select, named: Named) -> UnknownLayer:
 def _attach(chosen: Named, every: int) -> None:
     """Lay out the table, then give each layer its class and slots, and watch the parameters."""
     taps: list[Tap] = []
-    outputs: list[tuple[nn.Module, int]] = []
-    parameters: dict[nn.Parameter, int] = {}
+    outputs: list[tuple[nn.Module, int | None]] = []
+    parameters: dict[nn.Parameter, tuple[nn.Module, str, int]] = {}
     for name, module in chosen.items():
         kind = type(module).__name__
-        if module.forward.__func__ is not nn.Module.forward:  # type: ignore[attr-defined]  # ParameterList has none
-            outputs.append((module, len(taps)))
+        outputs.append((module, len(taps) if _has_output(name, module) else None))
+        if outputs[-1][1] is not None:
             taps += [Tap(name, kind, "output", OUTPUT), Tap(name, kind, "output.grad", OUTPUT_GRAD)]
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter not in parameters:  # tied: counted under its first name
-                parameters[parameter] = len(taps)
+                parameters[parameter] = module, key, len(taps)
                 site = f"parameter {key}" if key == "output" else key
                 taps += [Tap(name, kind, site, PARAMETER), Tap(name, kind, f"{site}.grad", PARAMETER_GRAD)]
     row = LiveRow(TapTable(tuple(taps)), _device(chosen), every)
-    watch = GradientWatch(row)
-    row.watch, row.release = watch.watch, watch.remove
-    for parameter, tap in parameters.items():
-        watch.watch(parameter, tap)
-    for module, tap in outputs:
-        module.__class__ = _taps.tapped_class(type(module))
-        own = {name: parameters[p] for name, p in module._parameters.items() if p is not None}
-        _taps.bind(module, row, tap, own)
+    classes = [_tapped_class(name, module) for name, module in chosen.items()]  # may refuse: before anything is changed
+    watch = GradientWatch(row, list(parameters.values()))
+    row.rehook, row.release = watch.hook, watch.remove
+    for (module, tap), tapped in zip(outputs, classes, strict=True):
+        module.__class__ = tapped
+        _taps.bind(module, row, tap)
+
+
+def _has_output(name: str, module: nn.Module) -> bool:
+    """Whether calls of the module go through its class's forward; a ParameterList has none."""
+    if "forward" in vars(module):
+        warnings.warn(
+            f"nobs cannot record the output of {_names.printable(name)}: its forward was replaced on the object itself. "
+            "Instrument the model before that is done; its parameters are recorded",
+            NobsWarning,
+            stacklevel=5,
+        )
+        return False
+    return type(module).forward is not nn.Module.forward
+
+
+def _tapped_class(name: str, module: nn.Module) -> type[nn.Module]:
+    try:
+        return _taps.tapped_class(type(module))
+    except TypeError as error:  # a metaclass or an __init_subclass__ of the user's
+        raise BadSetting(
+            explain(
+                f"nobs.instrument: making a subclass of {type(module).__name__} for {name!r}",
+                str(error),
+                "a layer type that can be subclassed without arguments",
+                "layers=[...] without this layer",
+            )
+        ) from error
 
 
 def _device(chosen: Named) -> torch.device:

@@ -1,16 +1,25 @@
-"""What the environment says: whether nobs is off, this process's rank, how many there are, and a name for the run."""
+"""What the surroundings say: the version, whether nobs is off, this process's rank, how many there are, a name for the run."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 
 from ._names import file_name
 
 _RANK = ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
 _WORLD_SIZE = ("WORLD_SIZE", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE", "OMPI_COMM_WORLD_SIZE")
 _RUN_ID = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")
+
+
+def installed_version() -> str:
+    """The version of nobs; a source tree that was never installed has none."""
+    try:
+        return version("neural-observer")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def disabled(environ: Mapping[str, str] = os.environ) -> bool:

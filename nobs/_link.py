@@ -22,7 +22,7 @@ class HostLink:
     """For a model on the CPU: one copy, and it has arrived."""
 
     def __init__(self, capacity: int, values: Tensor) -> None:
-        self.host = torch.zeros(capacity, *values.shape, dtype=torch.float32)
+        self.host = torch.zeros(capacity, *values.shape, dtype=torch.float32, device="cpu")
 
     def send(self, values: Tensor, place: int) -> None:
         self.host[place].copy_(values)
@@ -39,7 +39,7 @@ class PinnedLink:
 
     def __init__(self, capacity: int, values: Tensor) -> None:
         self.ring = torch.zeros(capacity, *values.shape, dtype=torch.float32, device=values.device)
-        self.host = torch.zeros(capacity, *values.shape, dtype=torch.float32, pin_memory=True)
+        self.host = torch.zeros(capacity, *values.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         self._events = [torch.Event(values.device) for _ in range(capacity)]
 
     def send(self, values: Tensor, place: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from . import _codec, _launch, _stats
 from ._columns import ABSMAX, NORM, OUTPUT_GRAD, PARAMETER_GRAD
 from ._link import link_for
 from ._row import FIRST_TAP_LINE, LiveRow, rows_of
-from ._schema import History, Report, Row, TapTable
+from ._schema import History, Report, Row, TapTable, safe_text
 from .errors import BadLoss, BadSetting, NotInstrumented, explain
 
 LOSS_SCALE = "loss_scale"
@@ -83,6 +82,10 @@ class RingBuffer:
 
         Cost: three small kernels, and one a scalar that lives on the device. Waits for nothing (see `waits`).
         """
+        self.close_step(step, {"loss": loss, **scalars}, batch)
+
+    def close_step(self, step: int, scalars: Mapping[str, Tensor | float | None], batch: object = None) -> None:
+        """`add` with the scalars in one mapping, so that they may have any name; those that are None are left out."""
         if self._off:
             return
         if self.row.owner is None or self.row.owner() is not self:
@@ -94,7 +97,7 @@ class RingBuffer:
                     "use the newer one",
                 )
             )
-        given = {"loss": loss, **scalars} if loss is not None else scalars
+        given = {name: value for name, value in scalars.items() if value is not None}
         for name, value in given.items():
             check_scalar(name, value)
         with torch.no_grad():  # a recording is no part of the user's graph
@@ -113,7 +116,7 @@ class RingBuffer:
                 self.row.write_scalar(name, value)
             else:
                 on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
-        return _Record(step, time.time(), on_host, dict(self.row.written_scalars), batch)
+        return _Record(step, time.time(), on_host, dict(self.row.written_scalars), _named(batch))
 
     def _make_room(self) -> int:
         """The place of the next row. A row there that nobody has drained is kept for `drain`, up to `capacity` of them."""
@@ -159,7 +162,7 @@ class RingBuffer:
             history=history,
             reason=reason,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            nobs_version=version("neural-observer"),
+            nobs_version=_launch.installed_version(),
             rank=_launch.rank(),
             world_size=_launch.world_size(),
             run={
@@ -182,13 +185,20 @@ class RingBuffer:
         scalars = dict(record.scalars)
         scalars.update({name: float(lines[line, column]) for name, (line, column) in record.on_device.items()})
         values = _stats.decode(lines[FIRST_TAP_LINE:])
-        scale = scalars.get(LOSS_SCALE, 1.0)
+        scale = scalars[LOSS_SCALE] if LOSS_SCALE in record.on_device else 1.0
         if scale > 0 and scale != 1:
             for kind in (OUTPUT_GRAD, PARAMETER_GRAD):
                 gradients = self.row.table.of_kind[kind]
                 values[gradients, NORM] /= scale
                 values[gradients, ABSMAX] /= scale
         return Row(record.step, record.time_s, scalars, self.row.table, values, record.batch)
+
+
+def _named(batch: object) -> object:
+    """What names a batch, as it is now: its text, or a copy of a tensor, whose text would wait for the device."""
+    if batch is None or isinstance(batch, Tensor):
+        return batch if batch is None else batch.detach().clone()
+    return safe_text(batch)
 
 
 def check_scalar(name: str, value: object) -> None:

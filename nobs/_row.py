@@ -26,6 +26,9 @@ CLOCK_LINE = SCALAR_LINES
 FIRST_TAP_LINE = SCALAR_LINES + 1
 SCALARS = SCALAR_LINES * len(COLUMNS)
 
+_REHOOK = 50
+"""Every so many steps parameters that were replaced, or unfrozen while no other was trained, are looked for."""
+
 
 class LiveRow:
     """Where the taps of one model write.
@@ -33,9 +36,11 @@ class LiveRow:
     Attributes:
         table: what each line after the reserved ones means.
         every: the taps run on every `every`-th step.
+        steps: steps begun since a ring took the row over, the running one not counted.
         recording: the switch. Compiled code guards on it, so it has two values and a model two graphs at the most.
-        before_update: called at the end of each backward, before the optimizer: the recorder notes the learning rate there.
-        watch: records a parameter in a line of the table and its gradient in the next.
+        before_update: a weak method, called at the end of each backward, before the optimizer: there the recorder notes the
+            learning rate.
+        rehook: looks for parameters that were replaced or unfrozen.
         release: takes the hooks off the parameters again.
         owner: a weak reference to the ring that reads this row.
         written_scalars: the device scalars of the running step, and where they stand.
@@ -44,15 +49,15 @@ class LiveRow:
     def __init__(self, table: TapTable, device: torch.device, every: int) -> None:
         self.table = table
         self.every = every
+        self.steps = 0
         self.recording = True
         self.broken: Exception | None = None
-        self.before_update: Callable[[], None] | None = None
-        self.watch: Callable[[Tensor, int], None] | None = None
+        self.before_update: weakref.WeakMethod[Callable[[], None]] | None = None
+        self.rehook: Callable[[], None] | None = None
         self.release: Callable[[], None] | None = None
         self.owner: Callable[[], object] | None = None
         self.written_scalars: dict[str, tuple[int, int]] = {}
-        self._steps = 0
-        self._paused = False
+        self._pauses = 0
         self._scalar_names: dict[str, int] = {}
         self._allocate(device)
 
@@ -94,11 +99,20 @@ class LiveRow:
     def owned_by(self, ring: object) -> None:
         """Begin to record for a ring, at step 0: what ran before it (a trial forward, another ring's steps) is forgotten."""
         self.owner = weakref.ref(ring)
-        self._steps = -1
-        self.next_step()
+        self.steps = 0
+        self.blank()
+        self._set_switch()
 
     def next_step(self) -> None:
-        """Begin the next step: blank lines, clock at zero, and the switch for that step.
+        """Begin the next step: blank lines, clock at zero, and the switch for that step."""
+        self.blank()
+        self.steps += 1
+        if self.rehook is not None and self.steps % _REHOOK == 0:
+            self.rehook()
+        self._set_switch()
+
+    def blank(self) -> None:
+        """Forget what the running step has recorded so far.
 
         Writes through the row and not through the slots: their version counters stay, so a graph that saved a slot for a
         backward that is still to come (torch 2.7 to 2.10 checks) does not complain.
@@ -106,12 +120,10 @@ class LiveRow:
         with torch.no_grad():  # never part of the user's graph
             self.values.copy_(self._blank)
         self.written_scalars.clear()
-        self._steps += 1
-        self._set_switch()
 
     def pause(self, paused: bool) -> None:
-        """Stop the taps until further notice, or let them run again."""
-        self._paused = paused
+        """Stop the taps until further notice, or take one such word back; pauses nest."""
+        self._pauses += 1 if paused else -1
         self._set_switch()
 
     def give_up(self, error: Exception) -> None:
@@ -120,12 +132,11 @@ class LiveRow:
         self._set_switch()
 
     def _set_switch(self) -> None:
-        self.recording = not self._paused and self.broken is None and self._steps % self.every == 0
+        self.recording = self._pauses <= 0 and self.broken is None and self.steps % self.every == 0
 
-    def follow(self, device: torch.device) -> None:
-        """Move to the device the model moved to. What the running step recorded so far is lost."""
-        if device != self.values.device:
-            self._allocate(device)
+    def move(self, device: torch.device) -> None:
+        """Follow the model to another device. What the running step recorded so far is lost."""
+        self._allocate(device)
 
 
 def rows_of(model: nn.Module) -> list[LiveRow]:

@@ -7,14 +7,28 @@ the failure in it and what was found out about it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, OUTPUT, Floats, read
+from ._columns import (
+    COLUMNS,
+    DTYPES,
+    ELEMENTS,
+    FIRST,
+    KINDS,
+    NAN,
+    NEGINF,
+    OUTPUT,
+    PARAMETER,
+    POSINF,
+    Floats,
+    read,
+)  # fmt: skip
 from .errors import UnknownLayer, explain
 
 
@@ -47,6 +61,12 @@ class TapTable:
         """kind -> the lines of that kind, ascending."""
         return {kind: np.array([i for i, t in enumerate(self.taps) if t.kind == kind], dtype=np.intp) for kind in KINDS}
 
+    @cached_property
+    def gradients(self) -> NDArray[np.intp]:
+        """For each parameter, in the order of `of_kind`, the line of its gradient; -1 where there is none."""
+        taps = [self.taps[i] for i in self.of_kind[PARAMETER]]
+        return np.array([self.lines.get((tap.layer, f"{tap.site}.grad"), -1) for tap in taps], dtype=np.intp)
+
     def line(self, layer: str, site: str) -> int:
         """The line of a layer's site, or `UnknownLayer` naming what there is."""
         try:
@@ -62,6 +82,31 @@ class TapTable:
                     "history.layers lists the layers in execution order",
                 )
             ) from None
+
+
+def bad_counts(values: Floats, table: TapTable) -> Floats:
+    """[..., taps]: the values of each line that are NaN or Inf where none may be; 0 where the tap did not run.
+
+    -Inf is legal in outputs, where masks put it, and in parameters that have no gradient, which may be such masks.
+    """
+    counts = values[..., NAN] + values[..., POSINF] + values[..., NEGINF]
+    ran = np.isfinite(values[..., FIRST])
+    outputs, parameters = table.of_kind[OUTPUT], table.of_kind[PARAMETER]
+    trained = np.where(table.gradients >= 0, ran[..., table.gradients], False)
+    counts[..., outputs] -= values[..., outputs, NEGINF]
+    counts[..., parameters] -= np.where(trained, 0, values[..., parameters, NEGINF])
+    return np.where(ran, np.nan_to_num(counts), 0)
+
+
+def places(known: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
+    """layer -> its place in execution; one that never ran itself stands where its parent does, and else last."""
+
+    def place(name: str) -> float:
+        while name not in known and "." in name:
+            name = name.rpartition(".")[0]
+        return known.get(name, math.inf)
+
+    return {layer: place(layer) for layer in layers}
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ def decode(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def measurable(x: Tensor) -> bool:
-    """Whether a tensor has a norm: strided, floating or complex."""
-    return x.layout == torch.strided and (x.is_floating_point() or x.is_complex())
+    """Whether a tensor has a norm: strided, floating or complex, of at least 16 bits (float8 has no arithmetic)."""
+    return x.layout == torch.strided and (x.is_floating_point() or x.is_complex()) and x.dtype.itemsize > 1
 
 
 def measure(x: Tensor, clock: Tensor | None = None) -> Tensor:
@@ -62,7 +62,8 @@ def measure(x: Tensor, clock: Tensor | None = None) -> Tensor:
     if x.is_complex():
         x = torch.view_as_real(x)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.tensor([*_on_host(x), x.numel(), float(ran) - (clock is None)], dtype=torch.float32)
+        line = [*_on_host(x), x.numel(), float(ran) - (clock is None)]
+        return torch.tensor(line, dtype=torch.float32, device="cpu")  # whatever the user's default device is
     elements = x.new_full((), x.numel(), dtype=torch.float32)
     first = ran if isinstance(ran, Tensor) else x.new_full((), ran - 1, dtype=torch.float32)
     return torch.cat([_in_graph(x), torch.stack([elements, first])])
@@ -90,7 +91,8 @@ def _in_graph(x: Tensor) -> Tensor:
     squares = (finite * finite).sum(dims) if dims else finite.double().square()
     masks = (x != x, x == math.inf, x == -math.inf, x == 0)
     counts = [mask.to(torch.float32).sum(dims or None).sum() for mask in masks]
-    norm = squares.sum(dtype=_widest(x)).sqrt()
+    # With no finite value there is no norm; NaN outlasts any fold, as the worst that the step saw.
+    norm = torch.where(counts[0] + counts[1] + counts[2] < x.numel(), squares.sum(dtype=_widest(x)).sqrt(), math.nan)
     absmax = finite.abs().amax(dims or ()).amax()
     return torch.stack([norm.float(), absmax.float(), *counts[:3], -counts[3] / x.numel()])
 
@@ -124,6 +126,6 @@ def _on_host(x: Tensor) -> tuple[float, float, float, float, float, float]:
     if not math.isfinite(squares):
         nan, posinf, neginf = (float(torch.count_nonzero(m)) for m in (flat.isnan(), flat == math.inf, flat == -math.inf))
         flat = torch.where(flat.abs() < math.inf, flat, 0)
-        squares = float(flat.double().square().sum())
+        squares = float(flat.double().square().sum()) if nan + posinf + neginf < x.numel() else math.nan
     low, high = torch.aminmax(flat)
-    return math.sqrt(squares), max(-float(low), float(high)), nan, posinf, neginf, -zeros
+    return math.sqrt(squares), max(-float(low), float(high), 0.0), nan, posinf, neginf, -zeros

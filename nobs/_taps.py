@@ -12,7 +12,7 @@ import copy
 import copyreg
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -48,20 +48,23 @@ class Tap(torch.autograd.Function):
 
 def tap_outputs(layer: nn.Module, row: LiveRow, output: Any) -> Any:
     """Put every tensor of a layer's output through its tap; anything else passes as it is."""
-    return _map_tensors(functools.partial(_tap_tensor, layer, row), output)
+    tap = functools.partial(_tap_tensor, layer, row)
+    if torch.compiler.is_compiling():
+        return _map_tensors(tap, output)
+    # functorch (vmap, func.grad) and forward AD hand out tensors that are no readings of anything: left alone.
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return output
+    try:
+        return _map_tensors(tap, output)
+    except Exception as error:  # nobs must never end a run: stop recording, and let the recorder say so once
+        row.give_up(error)
+        return output
 
 
 def _tap_tensor(layer: nn.Module, row: LiveRow, x: Tensor) -> Tensor:
     if not _stats.measurable(x):
         return x
-    slots = (layer._nobs_output, layer._nobs_output_grad, row.clock)
-    if torch.compiler.is_compiling():
-        return Tap.apply(x, *slots)  # type: ignore[no-any-return,no-untyped-call]
-    try:
-        return Tap.apply(x, *slots)  # type: ignore[no-any-return,no-untyped-call]
-    except Exception as error:  # nobs must never end a run: stop recording, and let the recorder say so once
-        row.give_up(error)
-        return x
+    return Tap.apply(x, layer._nobs_output, layer._nobs_output_grad, row.clock)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _map_tensors(tap: Callable[[Tensor], Tensor], output: Any) -> Any:
@@ -74,14 +77,16 @@ def _map_tensors(tap: Callable[[Tensor], Tensor], output: Any) -> Any:
         return type(output)(_map_tensors(tap, part) for part in output)
     if type(output) is dict:
         return {key: _map_tensors(tap, part) for key, part in output.items()}
-    if isinstance(output, Mapping):
+    if isinstance(output, MutableMapping):
         rebuilt = copy.copy(output)
         for key, part in output.items():
-            rebuilt[key] = _map_tensors(tap, part)  # type: ignore[index]
+            rebuilt[key] = _map_tensors(tap, part)
         return rebuilt
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = {f.name: _map_tensors(tap, getattr(output, f.name)) for f in dataclasses.fields(output) if f.init}
-        return dataclasses.replace(output, **parts)
+        changed = copy.copy(output)
+        for field in dataclasses.fields(output):  # past a frozen __setattr__ and __init__: only the tensors change
+            object.__setattr__(changed, field.name, _map_tensors(tap, getattr(output, field.name)))
+        return changed
     return output
 
 
@@ -93,13 +98,14 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
 
     class Tapped(plain):  # type: ignore[misc,valid-type]
         _nobs_plain = plain
+        _nobs_row: LiveRow | None = None  # a layer that the user made with `type(self)(...)` has no slots, and no tap
 
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = plain.forward(self, *args, **kwargs)
             row = self._nobs_row
             # Evaluation leaves no trace; a frozen tower, without grad but in training, does.
-            if row.recording and (self.training or torch.is_grad_enabled()):
+            if row is not None and row.recording and (self.training or torch.is_grad_enabled()):
                 return tap_outputs(self, row, output)
             return output
 
@@ -107,18 +113,20 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
             """`.to()`, `.cuda()`, `.to_empty()`: the slots follow to the device, and stay float32 under `.half()`."""
             super()._apply(fn, recurse)
             row = self._nobs_row
-            row.follow(fn(torch.zeros((), device=row.values.device)).device)
-            bind(self, row, self._nobs_tap, self._nobs_parameters)
-            for name, tap in self._nobs_parameters.items():  # some moves replace the parameters: from meta, say
-                row.watch(self._parameters[name], tap)
+            if row is not None:
+                device = fn(torch.zeros((), device=row.values.device)).device
+                if device != row.values.device:
+                    row.move(device)
+                bind(self, row, self._nobs_tap)
+                if row.rehook is not None:
+                    row.rehook()  # some moves replace the parameters: from meta, say
             return self
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             """Pickles, `torch.save` and `deepcopy` get the plain layer: a copy neither writes here nor needs nobs."""
             make, args, *rest = super().__reduce_ex__(protocol)
-            if (
-                getattr(make, "__name__", "") == "__newobj__" and len(args) == 1
-            ):  # pickle insists that its argument is this very class
+            # pickle insists that the argument of __newobj__ is the object's very class
+            if getattr(make, "__name__", "") == "__newobj__" and len(args) == 1:
                 make, args = copyreg._reconstructor, (plain, object, None)  # type: ignore[attr-defined]
             args = tuple(plain if arg is Tapped else arg for arg in args)
             if rest and isinstance(rest[0], dict):
@@ -130,17 +138,15 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
     return Tapped
 
 
-def bind(layer: nn.Module, row: LiveRow, tap: int, parameters: dict[str, int]) -> None:
-    """Give a layer the slots of its output (line `tap`) and of the output's gradient (the next line).
-
-    Args:
-        parameters: the layer's own parameters by name, with their lines.
+def bind(layer: nn.Module, row: LiveRow, tap: int | None) -> None:
+    """Give a layer the slots of its output (line `tap`; None: it has none) and of the output's gradient (the next line).
 
     Plain attributes, and not buffers: invisible to state_dict, DDP, FSDP and optimizers, and taken as static memory by
     CUDA graphs because they are reached through a module.
     """
-    layer._nobs_row, layer._nobs_tap, layer._nobs_parameters = row, tap, parameters  # type: ignore[assignment]
-    layer._nobs_output, layer._nobs_output_grad = row.slot(tap), row.slot(tap + 1)
+    layer._nobs_row, layer._nobs_tap = row, tap  # type: ignore[assignment]
+    if tap is not None:
+        layer._nobs_output, layer._nobs_output_grad = row.slot(tap), row.slot(tap + 1)
 
 
 def unbind(layer: nn.Module) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,8 @@ log.addHandler(logging.NullHandler())
 
 Result = TypeVar("Result")
 ON_FAILURE = ("raise", "warn", "stop")
+_MOST_RATES = 8
+"""Of more parameter groups than this, the learning rates of the first are recorded."""
 
 
 def _never_fatal(method: Callable[..., Result]) -> Callable[..., Result | None]:
@@ -98,15 +101,21 @@ class Recorder:
             raise BadSetting(
                 explain("Recorder(on_failure=...)", repr(on_failure), f"one of {', '.join(ON_FAILURE)}", 'on_failure="raise"')
             )
+        if not isinstance(model, nn.Module):
+            raise BadSetting(
+                explain("Recorder(model)", f"a {type(model).__name__}", "an instrumented nn.Module", "nobs.Recorder(model)")
+            )
+        if not isinstance(directory, (str, os.PathLike)):
+            raise BadSetting(explain("Recorder(directory=...)", repr(directory), "a path", 'directory="crashes"'))
         self._engine = _engine(triggers)
         self._ring = RingBuffer(model, capacity=capacity)
-        self._ring.row.before_update = self._before_update
+        self._ring.row.before_update = weakref.WeakMethod(self._before_update)
         self._optimizers = _as_list(optimizer)
         self._scaler = scaler
         self._run_directory = Path(directory) / _launch.run_name()
         self._on_failure = on_failure
         self._step = 0
-        self._lr: dict[str, float | Tensor] = {}
+        self._lr: dict[str, float] | None = None
         self._mute_until = 0
         self._broken = False
         self._previous_sigterm: Any = None
@@ -133,14 +142,22 @@ class Recorder:
         self._close_step(loss, batch, scalars)
         self._judge()
 
+    def skip(self) -> None:
+        """Forget what ran since the last step, for a batch that you drop: behind `if not loss.isfinite(): continue`, say.
+
+        Without it the forward of the dropped batch would count for the next step.
+        """
+        self._ring.row.blank()
+        self._lr = None
+
     @_never_fatal
     def _close_step(self, loss: Tensor | float | None, batch: object, scalars: Mapping[str, Tensor | float]) -> None:
         if self._ring.row.broken is not None:
             raise self._ring.row.broken
-        if not self._lr:  # no backward in this step
-            self._note_learning_rates()
-        self._ring.add(self._step, loss, batch=batch, **{**self._lr, **scalars})
-        self._lr = {}
+        if self._lr is None:  # no backward in this step
+            self._before_update()
+        self._ring.close_step(self._step, {**(self._lr or {}), **scalars, "loss": loss}, batch)
+        self._lr = None
         self._step += 1
 
     def _judge(self) -> None:
@@ -161,15 +178,23 @@ class Recorder:
         return None
 
     def _before_update(self) -> None:
-        """At the end of backward: the learning rate and loss scale that this step is about to use, before the scheduler."""
-        self._note_learning_rates()
+        """At the end of backward: the learning rates and the loss scale that this step is about to use.
+
+        What lives on an accelerator is copied there, into the row: reading it would wait, and it changes in place.
+        """
+        self._lr = {}
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups if "lr" in group]
+        for i, group in enumerate(groups[:_MOST_RATES]):
+            self._note("lr" if i == 0 else f"lr.{i}", group["lr"], self._lr)
         scale = getattr(self._scaler, "_scale", None)
-        if isinstance(scale, Tensor):  # a tensor on the device, and stays there: reading it would wait
+        if isinstance(scale, Tensor):
             self._ring.row.write_scalar(LOSS_SCALE, scale)
 
-    def _note_learning_rates(self) -> None:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._lr = {"lr" if i == 0 else f"lr.{i}": group["lr"] for i, group in enumerate(groups) if "lr" in group}
+    def _note(self, name: str, rate: Tensor | float, on_host: dict[str, float]) -> None:
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":
+            self._ring.row.write_scalar(name, rate)
+        else:
+            on_host[name] = float(rate)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +232,7 @@ class Recorder:
             BadSetting: the state is of other triggers.
         """
         names = [type(trigger).__name__ for trigger in self._engine.triggers]
-        saved = [name for name, _ in state["triggers"]]
+        saved = [name for name, _ in state.get("triggers", ())]
         if saved != names:
             raise BadSetting(
                 explain(
@@ -228,13 +253,23 @@ class Recorder:
 
     def _fail(self, failure: Failure) -> None:
         self._wait()
-        self.report = self._make_report("trigger", failure)
-        _dump.publish(self.report, self._run_directory)
+        self.report = self._publish("trigger", failure)
         self._mute_until = self._step + self._ring.capacity
         if self._on_failure == "warn":
             warnings.warn(f"training failed: {self.report.summary()}", NobsWarning, stacklevel=4)
         else:
             raise TrainingFailure(self.report)
+
+    def _publish(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
+        """Make the report, write and print it. Whatever goes wrong on the way, there is a report."""
+        try:
+            report = self._make_report(reason, failure, exception)
+        except Exception:
+            log.exception("nobs could not make a report")
+            empty = History.of((), self._ring.row.table)
+            report = Report(empty, reason, "", _launch.installed_version(), failure, exception=exception)
+        _dump.publish(report, self._run_directory)
+        return report
 
     def _make_report(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
         try:
@@ -260,11 +295,15 @@ class Recorder:
     # -- the with block --------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
-        if threading.current_thread() is threading.main_thread():
+        self._ring.row.before_update = weakref.WeakMethod(self._before_update)
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._on_sigterm:
             self._previous_sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if os.getpid() != self._process:  # a forked worker on its way out: it never writes
+            return False
         try:
             if error is None:
                 self.flush()
@@ -283,15 +322,15 @@ class Recorder:
         """Dump what led to an exception, the half step that it ended included: its forward ran, and tells the most."""
         try:
             if float(self._ring.row.clock) > 0:  # waits for the device; the run is over
-                self._ring.add(self._step, None, **self._lr)
+                self._ring.close_step(self._step, self._lr or {})
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
-        self.report = self._make_report("exception", exception=f"{type(error).__name__}: {safe_text(error, 2000)}")
-        _dump.publish(self.report, self._run_directory)
+        self.report = self._publish("exception", exception=f"{type(error).__name__}: {safe_text(error, 2000)}")
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """Dump, then do what would have been done without nobs."""
-        self._dump_signal()
+        if os.getpid() == self._process:  # a forked worker inherits the handler, and never writes
+            self._dump_signal()
         previous = self._previous_sigterm
         if callable(previous):
             previous(number, frame)
@@ -301,14 +340,13 @@ class Recorder:
 
     @_never_fatal
     def _dump_signal(self) -> None:
-        self.report = self._make_report("sigterm")
-        _dump.publish(self.report, self._run_directory)
+        self.report = self._publish("sigterm")
 
     def _close(self) -> None:
-        self._ring.row.before_update = None
-        if self._previous_sigterm is not None:
-            signal.signal(signal.SIGTERM, self._previous_sigterm)
-            self._previous_sigterm = None
+        if self._ring.row.before_update == weakref.WeakMethod(self._before_update):
+            self._ring.row.before_update = None
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, self._previous_sigterm or signal.SIG_DFL)
 
 
 class _Off(Recorder):
@@ -321,6 +359,7 @@ class _Off(Recorder):
 
     def step(self, loss: Tensor | float, *, batch: object = None, **scalars: Tensor | float) -> None: ...
     def flush(self) -> None: ...
+    def skip(self) -> None: ...
     def dump(self, reason: str = "manual") -> Path | None: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
     def __exit__(self, *exception: object) -> bool:
@@ -338,9 +377,12 @@ def _engine(chosen: Sequence[triggers.Trigger] | None) -> triggers.TriggerEngine
 
 
 def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    several = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in several:
+        if not hasattr(one, "param_groups"):
+            expected = "an optimizer with param_groups, or a list of such"
+            raise BadSetting(explain("Recorder(optimizer=...)", f"a {type(one).__name__}", expected, "optimizer=optimizer"))
+    return several
 
 
 def _is_clean_exit(error: BaseException) -> bool:

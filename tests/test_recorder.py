@@ -169,7 +169,7 @@ def test_a_broken_ring_never_ends_the_run(model, tmp_path, monkeypatch, caplog):
         def broken(*args, **kwargs):
             raise OSError("planted")
 
-        monkeypatch.setattr(recorder._ring, "add", broken)
+        monkeypatch.setattr(recorder._ring, "close_step", broken)
         with pytest.warns(nobs.NobsWarning, match="OSError: planted") as warned, caplog.at_level(logging.ERROR, "nobs"):
             run(recorder, model, 5)
         recorder.flush()

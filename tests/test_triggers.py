@@ -43,6 +43,8 @@ def judge(trigger, losses):
 
 noise = np.random.default_rng(0).normal(size=5000)
 HEALTHY = {
+    "heavy tails": np.exp(0.8 * noise[:2000]),
+    "a cold start": np.r_[1e6, 2.3 + 0.1 * noise[:500]],
     "decaying": 2.3 * np.exp(-np.arange(400) / 100) + 0.05 * np.abs(noise[:400]),
     "noisy": 1 + 0.3 * noise[:2000],
     "near zero": 0.01 * np.abs(noise[:2000]),
@@ -70,6 +72,8 @@ def test_loss_spike_leaves_healthy_losses_alone(name):
         ([-1000.0, -1001, -999] * 20 + [-900.0], 60),
         ([0.0, 0.01, 0.02] * 20 + [1.0], 60),
         ([1.0] * 30 + [1e30], 30),
+        ([1e4, *np.geomspace(1e4, 1, 200), *[1.0] * 500, 50.0], 701),
+        ([2.3, 1e6, *[2.3] * 200, 500.0], 202),
     ],
 )
 def test_loss_spike_fires(losses, first):
@@ -107,7 +111,7 @@ def test_triggers_are_never_poisoned(prefix):
         for i, trigger in enumerate(DEFAULT):
             states[i], _ = trigger.update(states[i], r)
     if isinstance(states[2], tuple):
-        assert all(math.isfinite(v) or v == math.inf for v in states[2])
+        assert all(math.isfinite(v) for v in (*states[2][:2], *states[2][3:5], *(states[2][5] or ())))
     if states[1] is not None:
         assert np.isfinite(states[1]["log"]).all()
     engine = nobs.TriggerEngine()
@@ -133,6 +137,16 @@ def test_gradient_norm_with_a_baseline():
         state, failure = trigger.update(state, row(step, layer0_weight_grad={"norm": 6e4}, layer1_weight_grad={"norm": 900}))
         assert failure.layer == "layer1"
         assert "900 times its baseline" in failure.message
+
+
+def test_a_gradient_that_climbs_along_with_its_baseline():
+    """No step is ten times the baseline of the steps before; the lowest baseline remembers."""
+    trigger, state, fired = GradientNorm(100, factor=10), None, []
+    for step in range(200):
+        state, failure = trigger.update(state, row(step, layer0_weight_grad={"norm": 1.1**step}))
+        fired += [step] if failure else []
+    assert 70 < fired[0] < 90
+    assert fired == list(range(fired[0], 200))
 
 
 def test_gradient_norm_survives_nan_and_inf():
@@ -183,6 +197,42 @@ def test_a_grad_scaler_may_overflow_for_a_while():
     assert state == 0
 
 
+def test_a_grad_scaler_and_every():
+    """Steps without taps between neither count nor reset the count."""
+    trigger, state, fired = NonFinite(), None, []
+    unsampled = {
+        f"{layer}_{site}": {"first": math.inf}
+        for layer in ("layer0", "layer1", "layer2")
+        for site in ("output", "output_grad", "weight", "weight_grad")
+    }
+    for step in range(50):
+        changes = unsampled if step % 2 else {"layer0_weight_grad": {"nan": 4}}
+        state, failure = trigger.update(state, row(step, scalars={"loss_scale": 2.0}, **changes))
+        fired += [step] if failure else []
+    assert fired == [40, 42, 44, 46, 48]
+
+
+def test_a_layer_that_ran_only_inside_its_parent():
+    """MultiheadAttention's out_proj is never called: its gradient stands where its parent stands, not first."""
+    table = TapTable(
+        tuple(Tap(name, "Linear", site, kind) for name in ("a", "a.out", "head") for site, kind in zip(SITES, KINDS, strict=True))
+    )
+    values = np.tile(np.float32([1, 0.5, 0, 0, 0, 0, 10, 1]), (len(table), 1))
+    values[4:6, -1] = np.inf
+    values[8:10, -1] = 2
+    for line in (7, 11):
+        values[line, 2] = 3
+    failure = NonFinite().update(None, Row(0, 0.0, {"loss": 1.0}, table, values))[1]
+    assert (failure.layer, failure.site) == ("head", "weight.grad")
+
+
+def test_a_frozen_mask_may_be_minus_inf():
+    """A parameter without a gradient may hold -Inf; a trained one may not."""
+    frozen = {"layer1_weight": {"neginf": 5}, "layer1_weight_grad": {"first": math.inf}}
+    assert NonFinite().update(None, row(**frozen))[1] is None
+    assert NonFinite().update(None, row(layer1_weight={"neginf": 5}))[1] is not None
+
+
 def test_the_engine_takes_a_users_trigger():
     """Any object with `update`; every trigger learns from every row, the first failure is given back."""
 
@@ -208,8 +258,11 @@ def test_thresholds_that_make_no_sense(value):
     ):
         with pytest.raises(BadSetting, match=r"a positive finite number[\s\S]*type:"):
             call()
-    with pytest.raises(BadSetting, match="an object with update"):
-        nobs.TriggerEngine(triggers=[3])
+    for wrong in ([3], [LossSpike]):
+        with pytest.raises(BadSetting, match="an object with update"):
+            nobs.TriggerEngine(triggers=wrong)
+    with pytest.raises(BadSetting, match="a whole number of steps"):
+        LossSpike(window=2.5)
 
 
 def test_settings_are_frozen():

@@ -31,13 +31,17 @@ class TriggerEngine:
     @classmethod
     def only(cls, triggers: Iterable[Trigger]) -> TriggerEngine:
         """An engine with these triggers and no others."""
+        if not isinstance(triggers, Iterable):
+            raise BadSetting(
+                explain("triggers=...", f"{triggers!r}", "a list of triggers", "triggers=[nobs.triggers.LossSpike()]")
+            )
         engine = cls.__new__(cls)
         engine._setup(tuple(triggers))
         return engine
 
     def _setup(self, triggers: Sequence[Trigger]) -> None:
         for trigger in triggers:
-            if not callable(getattr(trigger, "update", None)):
+            if isinstance(trigger, type) or not callable(getattr(trigger, "update", None)):
                 raise BadSetting(
                     explain("triggers=[...]", f"{trigger!r}", "an object with update(state, row)", "nobs.triggers.LossSpike()")
                 )

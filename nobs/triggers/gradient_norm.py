@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .._columns import PARAMETER_GRAD
 from .._schema import Failure, Row
-from .shape import positive
+from .shape import at_least_one, positive
 
 
 @dataclass(frozen=True)
@@ -21,30 +21,33 @@ class GradientNorm:
         threshold: the norm.
         factor: if given, the norm must also be this many times the site's own baseline, so that a healthy run whose
             gradients are large sums lives. The baseline is a moving average of the logarithm that a failing norm does
-            not enter.
+            not enter; a climb too slow for that is caught at `climb` times the lowest that it ever was.
+        climb: with a factor, how far above its lowest baseline a norm may climb.
         warmup: with a factor, steps that only build the baseline.
         window: the baseline's length in steps.
     """
 
     threshold: float = 100.0
     factor: float | None = None
+    climb: float = 1000.0
     warmup: int = 2
     window: int = 20
 
     def __post_init__(self) -> None:
-        positive(self, "threshold", "warmup", "window", *(["factor"] if self.factor is not None else []))
+        positive(self, "threshold", "climb", *(["factor"] if self.factor is not None else []))
+        at_least_one(self, "warmup", "window")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
         lines = row.table.of_kind[PARAMETER_GRAD]
         norms = np.abs(row.kind(PARAMETER_GRAD, "norm"))
         if state is None or len(state["count"]) != len(lines):
-            state = {"count": np.zeros(len(lines)), "log": np.zeros(len(lines))}
+            state = {"count": np.zeros(len(lines)), "log": np.zeros(len(lines)), "low": np.full(len(lines), np.inf)}
         high = norms > self.threshold  # NaN compares false: where nothing was finite, NonFinite speaks
         ratio = np.full(len(lines), np.inf)
         if self.factor is not None:
             known = state["count"] >= self.warmup
             ratio = np.where(known, norms / np.exp(state["log"]), 0)
-            high &= ratio > self.factor
+            high &= (ratio > self.factor) | (known & (norms > self.climb * np.exp(state["low"])))
         state = self._learn(state, norms, ~high)
         return state, self._failure(row, lines, norms, ratio, high) if high.any() else None
 
@@ -52,8 +55,8 @@ class GradientNorm:
         learns = healthy & np.isfinite(norms) & (norms > 0)
         count = state["count"] + learns
         weight = np.maximum(1 / np.maximum(count, 1), 1 / self.window)
-        step = np.log(np.where(learns, norms, 1)) - state["log"]
-        return {"count": count, "log": np.where(learns, state["log"] + weight * step, state["log"])}
+        log = state["log"] + np.where(learns, weight * (np.log(np.where(learns, norms, 1)) - state["log"]), 0)
+        return {"count": count, "log": log, "low": np.where(learns, np.minimum(state["low"], log), state["low"])}
 
     def _failure(self, row: Row, lines: Any, norms: Any, ratio: Any, high: Any) -> Failure:
         """Of the sites above, the one furthest above its own baseline; without baselines, the largest."""

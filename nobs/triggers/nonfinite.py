@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .._columns import FIRST, KINDS, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
-from .._schema import Failure, Row, Tap
-from .shape import positive
+from .._columns import FIRST, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
+from .._schema import Failure, Row, Tap, bad_counts, places
+from .shape import at_least_one
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,17 @@ class NonFinite:
     patience: int = 20
 
     def __post_init__(self) -> None:
-        positive(self, "patience")
+        at_least_one(self, "patience")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        counts = self._bad_counts(row)
-        skipped = 0
-        if "loss_scale" in row.scalars and (counts[PARAMETER_GRAD].any() or counts[OUTPUT_GRAD].any()):
-            skipped = int(state or 0) + 1
-            if skipped <= self.patience:
-                counts = {kind: c if kind in (OUTPUT, PARAMETER) else np.zeros_like(c) for kind, c in counts.items()}
-        return skipped, self._loss_failure(row) or self._site_failure(row, counts)
-
-    def _bad_counts(self, row: Row) -> dict[str, NDArray[np.floating[Any]]]:
-        counts = {kind: np.nan_to_num(row.kind(kind, "nonfinite")) for kind in KINDS}
-        counts[OUTPUT] -= np.nan_to_num(row.kind(OUTPUT, "neginf"))
-        return counts
+        counts = bad_counts(row.values.astype(np.float64), row.table)
+        overflows = int(state or 0)
+        gradients = np.r_[row.table.of_kind[OUTPUT_GRAD], row.table.of_kind[PARAMETER_GRAD]]
+        if "loss_scale" in row.scalars and np.isfinite(row.values[gradients, FIRST]).any():  # else: a step without taps
+            overflows = overflows + 1 if counts[gradients].any() else 0
+            if overflows <= self.patience:
+                counts[gradients] = 0
+        return overflows, self._loss_failure(row) or self._site_failure(row, counts)
 
     def _loss_failure(self, row: Row) -> Failure | None:
         loss = row.scalars.get("loss", 0.0)
@@ -50,17 +45,16 @@ class NonFinite:
             return None
         return Failure("NonFinite", row.step, f"loss is {_word(loss)} at step {row.step}", value=loss)
 
-    def _site_failure(self, row: Row, counts: dict[str, NDArray[np.floating[Any]]]) -> Failure | None:
+    def _site_failure(self, row: Row, counts: Floats) -> Failure | None:
         """The first site in the order of a step: parameters, outputs forward, gradients backward."""
-        for kind, key in ((PARAMETER, 1), (OUTPUT, 1), (OUTPUT_GRAD, -1), (PARAMETER_GRAD, -1)):
-            bad = np.flatnonzero(counts[kind])
-            if not bad.size:
-                continue
-            lines = row.table.of_kind[kind][bad]
-            order = _execution_order(row)
-            place = min(range(len(bad)), key=lambda i: key * order[row.table.taps[lines[i]].layer])
-            tap, count = row.table.taps[lines[place]], float(counts[kind][bad[place]])
-            return Failure("NonFinite", row.step, self._message(row, tap, count), tap.layer, tap.site, count, 0.0)
+        for kind, direction in ((PARAMETER, 1), (OUTPUT, 1), (OUTPUT_GRAD, -1), (PARAMETER_GRAD, -1)):
+            lines = row.table.of_kind[kind]
+            bad = lines[counts[lines] > 0]
+            if bad.size:
+                order = _execution_order(row)
+                line = min(bad, key=lambda line: direction * order[row.table.taps[line].layer])
+                tap, count = row.table.taps[line], float(counts[line])
+                return Failure("NonFinite", row.step, self._message(row, tap, count), tap.layer, tap.site, count, 0.0)
         return None
 
     def _message(self, row: Row, tap: Tap, count: float) -> str:
@@ -74,8 +68,7 @@ def _word(value: float) -> str:
 
 
 def _execution_order(row: Row) -> dict[str, float]:
-    """layer -> the clock at its first run in this step, infinite where it did not run."""
-    lines = row.table.of_kind[OUTPUT]
-    order = {tap.layer: math.inf for tap in row.table.taps}
-    order.update({row.table.taps[line].layer: float(row.values[line, FIRST]) for line in lines})
-    return order
+    """layer -> the clock at its first run in this step."""
+    taps, lines = row.table.taps, row.table.of_kind[OUTPUT]
+    ran = {taps[line].layer: float(row.values[line, FIRST]) for line in lines if np.isfinite(row.values[line, FIRST])}
+    return places(ran, (tap.layer for tap in taps))

@@ -28,3 +28,19 @@ def positive(trigger: object, *names: str) -> None:
                     f"{type(trigger).__name__}({name}=...)", f"{name}={value!r}", "a positive finite number", f"{name}={shown}"
                 )
             )
+
+
+def at_least_one(trigger: object, *names: str) -> None:
+    """Refuse numbers of steps that are no whole numbers of at least 1."""
+    positive(trigger, *names)
+    for name in names:
+        value = getattr(trigger, name)
+        if value != int(value) or value < 1:
+            raise BadSetting(
+                explain(
+                    f"{type(trigger).__name__}({name}=...)",
+                    f"{name}={value!r}",
+                    "a whole number of steps, at least 1",
+                    f"{name}=10",
+                )
+            )
