@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ._columns import ABSMAX, FIRST, NAN, NEGINF, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, POSINF
-from ._schema import Failure, History, Tap
+from ._columns import ABSMAX, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
+from ._names import places
+from ._schema import Failure, History, Tap, bad_counts
 
 BAND = 3.0
 """A norm this many times its own median has left its band ..."""
@@ -49,7 +50,8 @@ class Case:
         """The row of the failing step; the last one where no trigger failed."""
         if self.failure is None:
             return len(self.history) - 1
-        return int(np.searchsorted(self.history.steps, self.failure.step).clip(0, len(self.history) - 1))
+        rows = np.flatnonzero(self.history.steps == self.failure.step)
+        return int(rows[-1]) if rows.size else len(self.history) - 1  # the last: a run may have gone back to a checkpoint
 
     @cached_property
     def values(self) -> NDArray[np.float64]:
@@ -59,7 +61,8 @@ class Case:
     def place(self) -> dict[str, float]:
         """layer -> its place in execution; one that never ran itself stands where its parent does."""
         known = {layer.name: float(layer.order) for layer in self.history.layers if layer.order is not None}
-        return {layer.name: _inherited(layer.name, known) for layer in self.history.layers}
+        last = {name: len(known) for name in (layer.name for layer in self.history.layers)}
+        return {name: min(at, last[name]) for name, at in places(known, last).items()}
 
     def tap(self, event: Event) -> Tap:
         return self.history.table.taps[event.line]
@@ -76,12 +79,8 @@ class Case:
 
     @cached_property
     def bad(self) -> NDArray[np.bool_]:
-        """[T, taps]: NaN or Inf where none may be; -Inf in an output is what masks are made of."""
-        ran = np.isfinite(self.values[..., FIRST])
-        bad = self.values[..., NAN] + self.values[..., POSINF] > 0
-        masks = np.zeros(len(self.history.table), dtype=np.bool_)
-        masks[self.history.table.of_kind[OUTPUT]] = True
-        return ran & (bad | ((self.values[..., NEGINF] > 0) & ~masks))
+        """[T, taps]: NaN or Inf where none may be."""
+        return bad_counts(self.values, self.history.table) > 0
 
     @cached_property
     def first_bad(self) -> Event | None:
@@ -133,7 +132,11 @@ class Case:
 
     def neighbour(self, event: Event) -> str:
         """The last clean tap of the same direction before an event, in words."""
-        kind = OUTPUT if event.phase <= 1 else OUTPUT_GRAD
+        if event.phase == 0:
+            return (
+                f"it was finite at step {self.history.steps[event.row - 1]}" if event.row else "it was so from the first step on"
+            )
+        kind = OUTPUT if event.phase == 1 else OUTPUT_GRAD
         lines = [int(i) for i in self.history.table.of_kind[kind] if np.isfinite(self.values[event.row, i, FIRST])]
         before = [e for e in (self.event(event.row, line) for line in lines) if e < event and not self.bad[e.row, e.line]]
         if not before:
@@ -141,16 +144,15 @@ class Case:
         line = max(before).line
         return f"{self.history.table.taps[line].layer} before it is clean (absmax {self.values[event.row, line, ABSMAX]:.3g})"
 
-    def learning_rate(self) -> NDArray[np.float64]:
-        """The learning rate up to the failing step, empty where none was recorded."""
-        lr = self.history.scalars.get("lr", np.empty(0))[: self.end + 1]
-        return lr[np.isfinite(lr)]
+    def rates(self) -> NDArray[np.float64]:
+        """[T]: the largest learning rate of any parameter group up to the failing step, NaN where none was recorded."""
+        groups = [v[: self.end + 1] for name, v in self.history.scalars.items() if name == "lr" or name.startswith("lr.")]
+        return np.max(groups, axis=0) if groups else np.full(self.end + 1, np.nan)
 
-
-def _inherited(name: str, known: dict[str, float]) -> float:
-    while name not in known and "." in name:
-        name = name.rpartition(".")[0]
-    return known.get(name, float(len(known)))
+    def sudden(self, event: Event) -> bool:
+        """Whether a tap jumped by more than 30 times from one step to the next."""
+        before = self.logs[event.row - 1, event.line] if event.row else np.nan
+        return bool(self.logs[event.row, event.line] - before > 1.5)
 
 
 def _median(x: NDArray[np.float64]) -> NDArray[np.float64]:

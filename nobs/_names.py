@@ -1,10 +1,11 @@
-"""Layer names: cleaned of wrappers, matched against patterns, made harmless for a terminal and for a file name."""
+"""Layer names: cleaned of wrappers, matched against patterns, put in order, made harmless for a terminal and a file name."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
@@ -25,6 +26,17 @@ def nearest(name: str, names: Iterable[str], most: int = 5) -> list[str]:
     names = list(names)
     close = difflib.get_close_matches(name, names, most, cutoff=0.5)
     return close or sorted(names, key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())[:most]
+
+
+def places(known: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
+    """layer -> its place in execution; one that never ran itself stands where its parent does, and else last."""
+
+    def place(name: str) -> float:
+        while name not in known and "." in name:
+            name = name.rpartition(".")[0]
+        return known.get(name, math.inf)
+
+    return {layer: place(layer) for layer in layers}
 
 
 def printable(text: str) -> str:

@@ -7,8 +7,7 @@ the failure in it and what was found out about it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -96,17 +95,6 @@ def bad_counts(values: Floats, table: TapTable) -> Floats:
     counts[..., outputs] -= values[..., outputs, NEGINF]
     counts[..., parameters] -= np.where(trained, 0, values[..., parameters, NEGINF])
     return np.where(ran, np.nan_to_num(counts), 0)
-
-
-def places(known: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
-    """layer -> its place in execution; one that never ran itself stands where its parent does, and else last."""
-
-    def place(name: str) -> float:
-        while name not in known and "." in name:
-            name = name.rpartition(".")[0]
-        return known.get(name, math.inf)
-
-    return {layer: place(layer) for layer in layers}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _finding(case: Case, cause: str, event: Event, confidence: float, evidence: 
 def born_nonfinite(case: Case) -> Finding | None:
     """The bracket: which tap was dirty first, and what that place says about the cause."""
     event = case.first_bad
-    if event is None or _grew_before(case, event):
+    if event is None or _grew_before(case, event) or (event.phase == 3 and not _loss_was_finite(case, event.row)):
         return None
     tap, values = case.tap(event), case.values[event.row, event.line]
     nan, inf = values[NAN], values[POSINF] + values[NEGINF]
@@ -87,6 +87,11 @@ def _above(case: Case, event: Event) -> Event:
     return max(clean, default=event)
 
 
+def _loss_was_finite(case: Case, row: int) -> bool:
+    loss, given = case.history.scalars.get("loss"), case.history.given.get("loss")
+    return loss is None or given is None or not given[row] or bool(np.isfinite(loss[row]))
+
+
 def _grew_before(case: Case, event: Event) -> bool:
     """Whether most of the network had left its band in earlier steps: then the NaN is how it ended, not how it began."""
     return bool(case.leavers) and case.leavers[0].row < event.row and case.share_out(event.row) >= 0.5
@@ -110,9 +115,10 @@ def loss_alone(case: Case) -> Finding | None:
 
 
 def too_fast(case: Case) -> Finding | None:
-    """Most of the network left its band: together, or while the learning rate rose. The step size was too large."""
-    lr = case.learning_rate()
-    rise = float(lr[-1] / lr.min()) if lr.size and lr.min() > 0 else 1.0
+    """Most of the network left its band, together or while the learning rate rose: the step size was too large."""
+    rates = case.rates()
+    known = rates[np.isfinite(rates)]
+    rise = float(known[-1] / known.min()) if known.size and known.min() > 0 else 1.0
     confidence = _confidence_in_rate(case, rise)
     if not case.leavers or confidence is None or _one_batch(case) or _jumped(case):
         return None
@@ -123,18 +129,24 @@ def too_fast(case: Case) -> Finding | None:
         f"{layers} of {len(case.place)} layers left their band from step {case.step(first)} on, {tap.layer} ({tap.site}) first; "
         f"by step {case.history.steps[case.end]} that is at {case.times(first.line, case.end)} its median"
     )
-    if lr.size:
-        evidence += f"; learning rate {lr[-1]:.3g}" + (f", up {rise:.3g}x in this window" if rise > 1.05 else ", constant")
+    if known.size:
+        evidence += f"; learning rate {known[-1]:.3g}" + (f", up {rise:.3g}x in this window" if rise > 1.05 else ", constant")
     return _finding(case, "learning_rate", first, confidence, evidence)
 
 
 def _confidence_in_rate(case: Case, rise: float) -> float | None:
     """How sure that the step size did it; None: not at all."""
-    if rise > 1.5 and case.share_out(case.end) >= 0.5:
-        return 0.85
-    if case.at_once() >= 0.5:
-        return 0.6
-    return 0.5 if rise > 3 else None
+    if rise > 1.5:
+        return 0.85 if case.share_out(case.end) >= 0.5 else 0.5 if rise > 3 else None
+    # With a constant rate an update is the cause only where weights moved, and no tap jumped before they did.
+    moved = any(case.tap(event).kind == PARAMETER for event in case.leavers)
+    return 0.6 if moved and case.at_once() >= 0.5 and not _one_site(case) else None
+
+
+def _one_site(case: Case) -> bool:
+    """The first tap to leave its band jumped, and it was a gradient or an inner output: no update does that."""
+    first = case.leavers[0]
+    return first.phase > 0 and first.row > 0 and case.sudden(first)
 
 
 def _one_batch(case: Case) -> bool:
@@ -169,7 +181,7 @@ def _jumped(case: Case) -> Event | None:
         now, before = case.values[row, event.line], case.values[row - 1, event.line]
         gradient = case.history.table.lines.get((tap.layer, f"{tap.site}.grad"))
         slope = case.values[row - 1, gradient, NORM] if gradient is not None else 0.0
-        lr = case.history.scalars.get("lr", np.ones(len(case.history)))[row - 1]
+        lr = case.rates()[row - 1] if np.isfinite(case.rates()[row - 1]) else 1.0
         # SGD moves by lr x gradient, Adam by at most about lr x sqrt(elements).
         if abs(now[NORM] - before[NORM]) > 10 * lr * max(slope, math.sqrt(now[ELEMENTS])):
             return event
@@ -189,8 +201,8 @@ def weight_jump(case: Case) -> Finding | None:
 
 
 def one_gradient(case: Case) -> Finding | None:
-    """Gradients left their band at one layer and below it while outputs and weights had not."""
-    if not case.leavers or case.leavers[0].phase != 3 or case.at_once() >= 0.5:
+    """Gradients left their band at one layer, and at those that backward reaches from it, before any output or weight."""
+    if not case.leavers or case.leavers[0].phase != 3 or not (_one_site(case) or case.at_once() < 0.5):
         return None
     first = case.leavers[0]
     tap = case.tap(first)
@@ -201,6 +213,19 @@ def one_gradient(case: Case) -> Finding | None:
     return _finding(case, "gradient_explosion", first, 0.7, evidence)
 
 
+def one_output(case: Case) -> Finding | None:
+    """An inner layer's output jumped while its input and all weights had not: something in it computed otherwise."""
+    if not case.leavers or case.leavers[0].phase != 1 or not _one_site(case) or _one_batch(case):
+        return None
+    first = case.leavers[0]
+    tap = case.tap(first)
+    evidence = (
+        f"the output of {tap.layer} is at {case.times(first.line, first.row)} its median from step {case.step(first)} on, "
+        "while the layers before it and all weights were in their band"
+    )
+    return _finding(case, "unknown", first, 0.65, evidence)
+
+
 def spike(case: Case) -> Finding | None:
     """The loss alone rose: no layer shows why."""
     if case.failure is None or case.failure.trigger != "LossSpike" or case.leavers or case.first_bad:
@@ -209,11 +234,12 @@ def spike(case: Case) -> Finding | None:
     return Finding("loss_spike", None, None, case.failure.step, 0.5, evidence, _ADVICE["loss_spike"])
 
 
-RULES = (born_nonfinite, loss_alone, weight_jump, bad_batch, too_fast, one_gradient, spike)
+BORN = (born_nonfinite, loss_alone)
+RULES = (*BORN, weight_jump, bad_batch, too_fast, one_gradient, one_output, spike)
 
 
 def diagnose(history: History, failure: Failure | None = None) -> tuple[Finding, ...]:
-    """Findings about a history, the surest first; empty when nothing failed and nothing is out of its band.
+    """Findings about a history, the surest first. Without a failure only NaN and Inf are findings: growth may be healthy.
 
     Args:
         history: the last steps; what came after the failing step is not looked at.
@@ -222,7 +248,7 @@ def diagnose(history: History, failure: Failure | None = None) -> tuple[Finding,
     if not len(history):
         return ()
     case = Case(history, failure)
-    found: list[Any] = [finding for rule in RULES if (finding := rule(case)) is not None]
+    found: list[Any] = [finding for rule in (RULES if failure else BORN) if (finding := rule(case)) is not None]
     if not found and failure is not None:
         found = [_nothing_decided(case, failure)]
     return tuple(sorted(found, key=lambda finding: -finding.confidence))

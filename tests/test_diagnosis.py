@@ -104,7 +104,31 @@ def fast(step, model, optimizer, batch):
     return batch
 
 
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1e6
+
+
+class LoudBackward(PoisonedBackward):
+    def forward(self, x):
+        y = nn.Linear.forward(self, x)
+        return Scaled.apply(y) if self.poison else y
+
+
+class LoudForward(PoisonedForward):
+    def forward(self, x):
+        y = nn.Linear.forward(self, x)
+        return y * 1e5 if self.poison else y
+
+
 FAULTS = {
+    "a gradient x 1e6": (lambda: tokens(LoudBackward), nan_in_forward, "gradient_explosion", "blocks.1.up", AT),
+    "an output x 1e5": (lambda: tokens(LoudForward), nan_in_forward, "unknown", "blocks.1.up", AT),
     "NaN in a forward": (lambda: tokens(PoisonedForward), nan_in_forward, "nonfinite_forward", "blocks.1.up", AT),
     "NaN in a backward": (lambda: tokens(PoisonedBackward), nan_in_forward, "nonfinite_backward", "blocks.1.up", AT),
     "NaN in a weight": (Tokens, nan_in_weight, "nonfinite_weight", "blocks.2.up", AT),
@@ -219,3 +243,36 @@ def test_confidence_orders_the_findings(tmp_path, capsys):
         history.batches,
     )
     assert diagnose(longer, report.failure) == report.findings
+
+
+def test_a_loss_that_is_made_nan_is_not_blamed_on_the_backward(tmp_path, capsys):
+    """loss * NaN dirties every gradient; the outputs were finite, the loss was not."""
+    model = nobs.instrument(Images())
+    with nobs.Recorder(model, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(5):
+            loss = loss_of(model, model.batch()) * (math.nan if step == 4 else 1)
+            loss.backward()
+            recorder.step(loss)
+            model.zero_grad()
+    assert recorder.report.findings[0].cause == "nonfinite_forward"
+    assert "while every output is finite" in recorder.report.findings[0].evidence
+
+
+def test_a_step_number_that_comes_twice(tmp_path, capsys):
+    """After going back to a checkpoint the failing step is the later one of that number."""
+    model = nobs.instrument(Images())
+    with nobs.Recorder(model, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(12):
+            if step == 4:
+                saved = recorder.state_dict()
+            if step == 8:
+                recorder.load_state_dict(saved)
+            if step == 10:
+                model.fc.weight.data[0, 0] = math.nan
+            loss = loss_of(model, model.batch())
+            loss.backward()
+            recorder.step(loss)
+            model.zero_grad()
+    first = recorder.report.findings[0]
+    assert (first.cause, first.layer, first.step) == ("nonfinite_weight", "fc", 6)
+    assert "it was finite at step 5" in first.evidence

@@ -195,3 +195,102 @@ def test_disabled(monkeypatch):
         assert len(recorder.history()) == 0
         assert recorder.dump() is None
         assert recorder.report is None
+
+
+def test_a_layer_that_makes_another_of_its_own_type():
+    """`type(self)(...)` in a user's layer gives a layer without slots: it computes, and records nothing."""
+
+    class Twin(nn.Linear):
+        def twin(self):
+            return type(self)(self.in_features, self.out_features)
+
+    model = nobs.instrument(nn.Sequential(Twin(3, 3)))
+    other = model[0].twin()
+    assert other(torch.ones(1, 3)).shape == (1, 3)
+    other.double()
+    assert copy.deepcopy(other).weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("change", ["parametrize", "no bias", "prune"])
+def test_surgery_after_instrument(change):
+    """A parametrization, a removed bias, pruning: the model still moves, trains and is recorded."""
+    from torch.nn.utils import parametrizations, prune
+
+    model = nobs.instrument(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    if change == "parametrize":
+        parametrizations.weight_norm(model[0])
+    elif change == "no bias":
+        model[0].bias = None
+    else:
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    model.to(torch.float64)
+    ring = nobs.RingBuffer(model)
+    model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+    ring.add(0, 0.0)
+    history = ring.history()
+    assert history["0", "output", "norm"][0] > 0
+    assert history["1", "weight.grad", "norm"][0] > 0
+    if change == "parametrize":
+        with pytest.raises(BadSetting, match=r"class was changed again[\s\S]*remove_parametrizations"):
+            nobs.uninstrument(model)
+
+
+def test_parameters_that_are_replaced():
+    """load_state_dict(assign=True) puts new parameters in: they are recorded from then on."""
+    model = nobs.instrument(Images())
+    ring = nobs.RingBuffer(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    for step in range(60):
+        loss_of(model, model.batch()).backward()
+        ring.add(step, 0.0)
+    assert ring.history()["fc", "weight.grad", "norm"][-1] > 0
+
+
+def test_a_forward_of_the_object_itself():
+    """A layer whose forward was replaced on the object is recorded by its parameters, and the user is told."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].forward = lambda x: x * 2
+    with pytest.warns(nobs.NobsWarning, match="output of 0: its forward was replaced"):
+        nobs.instrument(model)
+    ring = nobs.RingBuffer(model)
+    model(torch.ones(1, 2)).sum().backward()
+    ring.add(0, 0.0)
+    assert ring.history()["1", "output", "norm"][0] > 0
+
+
+def test_a_parameter_list_alone():
+    """A module whose only recorded part has no forward can be recorded, and given back."""
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ParameterList([torch.ones(2)])
+
+        def forward(self, x):
+            return x * self.parts[0]
+
+    model = nobs.instrument(Listed())
+    ring = nobs.RingBuffer(model)
+    model(torch.ones(2)).sum().backward()
+    ring.add(0, 0.0)
+    assert ring.history()["parts", "0.grad", "norm"][0] == pytest.approx(2**0.5)
+    assert type(nobs.uninstrument(model).parts) is nn.ParameterList
+
+
+def test_lazy_layers_are_refused_by_name():
+    """Their parameters do not exist yet: run the model once first."""
+    with pytest.raises(BadSetting, match=r"lazy layer '0'[\s\S]*model\(example_input\)"):
+        nobs.instrument(nn.Sequential(nn.LazyLinear(2)))
+
+
+def test_a_type_that_cannot_be_subclassed():
+    """An __init_subclass__ with a required argument: refused in words, and nothing was changed."""
+
+    class Strict(nn.Linear):
+        def __init_subclass__(cls, *, needed):
+            pass
+
+    model = nn.Sequential(nn.Linear(1, 1), Strict(1, 1))
+    with pytest.raises(BadSetting, match=r"making a subclass of Strict for '1'"):
+        nobs.instrument(model)
+    assert type(model[0]) is nn.Linear

@@ -380,3 +380,155 @@ def test_step_costs_no_python_per_layer(tmp_path):
         sys.setprofile(None)
         counts.append(calls)
     assert counts[0] == counts[1]
+
+
+def test_the_same_recorder_twice(tmp_path):
+    """A second `with` block, an epoch later: learning rates and handler are as in the first."""
+    model = nobs.instrument(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    recorder = nobs.Recorder(model, optimizer=optimizer, directory=tmp_path, triggers=[])
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        with recorder:
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            schedule.step()
+            recorder.step(1.0)
+    assert recorder.history().scalars["lr"].tolist() == pytest.approx([1.0, 0.1])
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_learning_rate_on_steps_without_taps(tmp_path, as_tensor):
+    """every=2: the rate is the one that the step used, also where it is a tensor that the scheduler writes to."""
+    model = nobs.instrument(nn.Linear(2, 1), every=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(1.0) if as_tensor else 1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    with nobs.Recorder(model, optimizer=optimizer, directory=tmp_path, triggers=[]) as recorder:
+        for _ in range(4):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            schedule.step()
+            recorder.step(1.0)
+        assert recorder.history().scalars["lr"].tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
+
+
+def test_skipping_a_batch(model, tmp_path):
+    """`skip` in place of `step`: the forward of a dropped batch does not count for the next step."""
+    with nobs.Recorder(model, directory=tmp_path) as recorder:
+        x, y = model.batch()
+        loss_of(model, (x * math.nan, y))
+        recorder.skip()
+        model.bn.reset_running_stats()
+        run(recorder, model, 3)
+        assert len(recorder.history()) == 3
+
+
+def test_scalars_of_any_name(model, tmp_path):
+    """`step`, `values`, `self` are names like others."""
+    with nobs.Recorder(model, directory=tmp_path) as recorder:
+        recorder.step(1.0, step=5, values=2.0, loss_scale=3.0)
+        assert {name: v[0] for name, v in recorder.history().scalars.items()} == {
+            "step": 5,
+            "values": 2,
+            "loss_scale": 3,
+            "loss": 1,
+        }
+
+
+def test_a_batch_is_named_as_it_was(model, tmp_path):
+    """A list or tensor of indices that the loop reuses: each row keeps what it held then."""
+    indices, tensor = [0], torch.zeros(1)
+    with nobs.Recorder(model, directory=tmp_path) as recorder:
+        for step in range(2):
+            indices[0] = step
+            recorder.step(1.0, batch=indices)
+        for step in range(2):
+            tensor.fill_(step)
+            recorder.step(1.0, batch=tensor)
+        assert recorder.history().batches == ("[0]", "[1]", "tensor([0.])", "tensor([1.])")
+
+
+def test_forked_workers_never_write(tmp_path, capfd):
+    """A worker that inherits the SIGTERM handler and is terminated leaves no dump and prints nothing."""
+    script = """
+        import multiprocessing, sys, time, torch, nobs
+        from torch import nn
+        model = nobs.instrument(nn.Linear(2, 2))
+        with nobs.Recorder(model, directory=sys.argv[1]) as recorder:
+            recorder.step(1.0)
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            worker.start()
+            time.sleep(0.5)
+            worker.terminate()
+            worker.join(20)
+            print(worker.exitcode)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == str(-signal.SIGTERM)
+    assert done.stderr == ""
+    assert dumps(tmp_path) == []
+
+
+def test_a_report_survives_everything(model, tmp_path, monkeypatch):
+    """No history, no metadata, no stderr: TrainingFailure is raised all the same."""
+    monkeypatch.setattr(sys, "stderr", None)
+    recorder = nobs.Recorder(model, directory=tmp_path)
+    monkeypatch.setattr(recorder._ring, "report", lambda *args: 1 / 0)
+    with pytest.raises(nobs.TrainingFailure, match="loss is NaN"):
+        recorder.step(math.nan)
+
+
+def test_a_recorder_is_no_cycle(tmp_path):
+    """Dropped without a `with` block, it frees model and optimizer at once, without the collector."""
+    import gc
+    import weakref
+
+    model = nobs.instrument(nn.Linear(2, 2))
+    recorder = nobs.Recorder(model, optimizer=torch.optim.SGD(model.parameters()), directory=tmp_path)
+    model(torch.ones(1, 2)).sum().backward()
+    recorder.step(1.0)
+    watched = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, recorder
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_pauses_nest(model, tmp_path):
+    """Leaving an inner pause does not end the outer one."""
+    with nobs.Recorder(model, directory=tmp_path) as recorder:
+        with recorder.paused():
+            with recorder.paused():
+                pass
+            assert not model.fc._nobs_row.recording
+        assert model.fc._nobs_row.recording
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"triggers": nobs.triggers.LossSpike()}, "a list of triggers"),
+        ({"triggers": [nobs.triggers.LossSpike]}, "an object with update"),
+        ({"optimizer": "sgd"}, "an optimizer with param_groups"),
+        ({"directory": None}, "a path"),
+        ({"capacity": True}, "capacity=True"),
+    ],
+)
+def test_wrong_settings(model, options, says):
+    """Each refused at once, in words."""
+    with pytest.raises(BadSetting, match=says):
+        nobs.Recorder(model, **options)
+
+
+def test_an_interrupted_healthy_run_gets_no_diagnosis(model, tmp_path, capsys):
+    """Ctrl-C: the dump is written, and nobody is blamed."""
+    with pytest.raises(KeyboardInterrupt), nobs.Recorder(model, directory=tmp_path) as recorder:
+        run(recorder, model, 5, lr=0.5)
+        raise KeyboardInterrupt
+    assert recorder.report.findings == ()
+    assert "nobs: the run ended" in capsys.readouterr().err

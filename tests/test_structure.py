@@ -16,9 +16,9 @@ PACKAGE = ROOT / "nobs"
 
 FLOORS = [
     {"errors"},
-    {"_columns"},
+    {"_columns", "_names"},
     {"_schema"},
-    {"_stats", "_names", "_codec", "_case", "_link", "_checkpoint"},
+    {"_stats", "_codec", "_case", "_link", "_checkpoint"},
     {"_row", "_launch"},
     {"_taps", "_gradients", "_ring", "triggers", "diagnosis", "render"},
     {"_instrument", "_load", "_dump"},

@@ -297,3 +297,120 @@ def test_reentrant_checkpoint_in_eager():
     for name, p in model.blocks[0].named_parameters(prefix="blocks.0"):
         layer, _, own = name.rpartition(".")
         assert ring.history()[layer, f"{own}.grad", "norm"][0] == pytest.approx(p.grad.norm().item(), rel=1e-5)
+
+
+def test_layers_behind_a_reentrant_checkpoint():
+    """The backward inside the backward must not make the outer one forget what it had touched."""
+    a, b, c = (nn.Linear(4, 4) for _ in range(3))
+    model = nobs.instrument(nn.Sequential(a, b, c))
+    ring = nobs.RingBuffer(model)
+    c(checkpoint(b, a(torch.ones(2, 4)), use_reentrant=True)).sum().backward()
+    ring.add(0, 0.0)
+    for name, layer in zip("012", (a, b, c), strict=True):
+        assert ring.history()[name, "weight.grad", "norm"][0] == pytest.approx(layer.weight.grad.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_two_updates_in_one_step(to_none):
+    """Where gradients are zeroed between two backwards the step shows the worse, and the parameter as the first found it."""
+    model = nobs.instrument(nn.Linear(3, 1, bias=False))
+    ring = nobs.RingBuffer(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms, before = [], model.weight.norm().item()
+    for scale in (100.0, 1.0):
+        optimizer.zero_grad(set_to_none=to_none)
+        (model(torch.ones(2, 3)).sum() * scale).backward()
+        norms.append(model.weight.grad.norm().item())
+        optimizer.step()
+    ring.add(0, 0.0)
+    row = next(ring.drain())
+    assert row["(model)", "weight.grad", "norm"] == pytest.approx(max(norms), rel=1e-6)
+    assert row["(model)", "weight", "norm"] == pytest.approx(before, rel=1e-6)
+
+
+def test_an_optimizer_inside_the_backward():
+    """A hook that updates and drops each gradient at once: it is read before that."""
+    model = nobs.instrument(nn.Linear(3, 1, bias=False))
+    before = model.weight.norm().item()
+
+    def update(parameter):
+        with torch.no_grad():
+            parameter -= 0.1 * parameter.grad
+        parameter.grad = None
+
+    model.weight.register_post_accumulate_grad_hook(update)
+    ring = nobs.RingBuffer(model)
+    model(torch.ones(2, 3)).sum().backward()
+    ring.add(0, 0.0)
+    row = next(ring.drain())
+    assert row["(model)", "weight.grad", "norm"] == pytest.approx(2 * 3**0.5, rel=1e-6)
+    assert row["(model)", "weight", "norm"] == pytest.approx(before, rel=1e-6)
+
+
+def test_functorch_passes_untapped():
+    """vmap, func.grad and forward AD work as without nobs, and the recording goes on behind them."""
+    model = nobs.instrument(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
+    ring = nobs.RingBuffer(model)
+    parameters = dict(model.named_parameters())
+
+    def loss(p, x):
+        return torch.func.functional_call(model, p, (x,)).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, torch.ones(5, 3))
+    assert gradients["0.weight"].shape == (5, 3, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(1, 3), torch.ones(1, 3))
+        assert torch.autograd.forward_ad.unpack_dual(model(dual)).tangent is not None
+    model(torch.ones(1, 3)).sum().backward()
+    ring.add(0, 0.0)
+    assert ring.row.broken is None
+    assert ring.history()["1", "output", "norm"][0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outputs(dtype):
+    """Under autocast the outputs are half, the statistics of them exact to float32, and the dtype is known."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    outputs = []
+    model[0].register_forward_hook(lambda module, args, output: outputs.append(output.detach().double()))
+    nobs.instrument(model)
+    ring = nobs.RingBuffer(model)
+    with torch.autocast("cpu", dtype=dtype):
+        model(torch.randn(8, 16))
+    ring.add(0, 0.0)
+    history = ring.history()
+    assert history["0", "output", "norm"][0] == pytest.approx(outputs[0].norm().item(), rel=1e-6)
+    assert history["0", "output", "absmax"][0] == outputs[0].abs().max().item()
+    assert history.layers[0].sites["output"].dtype == str(dtype).removeprefix("torch.")
+
+
+def test_another_default_device():
+    """torch.set_default_device of the user's must not reach into nobs."""
+    model = nobs.instrument(nn.Linear(2, 2))
+    torch.set_default_device("meta")
+    try:
+        ring = nobs.RingBuffer(model)
+        model(torch.ones(1, 2, device="cpu")).sum().backward()
+        ring.add(0, 0.0)
+    finally:
+        torch.set_default_device(None)
+    assert ring.row.broken is None
+    assert ring.history()["(model)", "weight.grad", "norm"][0] == 2
+
+
+def test_containers_that_cannot_be_rebuilt():
+    """A tuple type with a constructor of its own: the user's output passes, and the recording stops, said once."""
+
+    class Odd(tuple):
+        def __new__(cls, a, b):
+            return super().__new__(cls, (a, b))
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return Odd(super().forward(x), 1)
+
+    model = nobs.instrument(nn.Sequential(Layer(2, 2)))
+    recorder = nobs.Recorder(model)
+    assert model(torch.ones(1, 2))[1] == 1
+    with pytest.warns(nobs.NobsWarning, match="stopped recording"):
+        recorder.step(1.0)

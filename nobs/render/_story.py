@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats, read
 from .._names import printable
-from .._schema import Report
+from .._schema import Report, bad_counts
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def headline(report: Report) -> str:
         return printable(report.failure.message)
     if report.exception:
         return printable(report.exception)
-    return f"dump on request ({printable(report.reason)})"
+    return _REASONS.get(report.reason, f"dump on request ({printable(report.reason)})")
 
 
 def lines(report: Report) -> list[Line]:
@@ -49,6 +49,8 @@ def lines(report: Report) -> list[Line]:
         return []
     guilty = guilty_layer(report)
     history = report.history
+    with np.errstate(invalid="ignore"):  # a dump may hold any floats
+        bad = bad_counts(history.values.astype(np.float64), history.table) > 0
     of_layer: dict[str, dict[str, list[int]]] = {}
     for i, tap in enumerate(history.table.taps):
         of_layer.setdefault(tap.layer, {}).setdefault(tap.kind, []).append(i)
@@ -60,11 +62,15 @@ def lines(report: Report) -> list[Line]:
         # A layer without an output of its own (a ParameterList) is shown by its parameters.
         forward = _largest(history.values, kinds.get(OUTPUT) or kinds.get(PARAMETER, []))
         backward = _largest(history.values, kinds.get(PARAMETER_GRAD) or kinds.get(OUTPUT_GRAD, []))
-        bad = [_bad(history.values, [i for kind in pair for i in kinds.get(kind, [])]) for pair in _DIRECTIONS]
-        story.append(Line(printable(layer.name), printable(layer.type), layer.name == guilty, forward, backward, bad[0], bad[1]))
+        forward_bad, backward_bad = (
+            np.asarray(bad[:, [i for kind in pair for i in kinds.get(kind, [])]].any(axis=1)) for pair in _DIRECTIONS
+        )
+        name, of_type = printable(layer.name), printable(layer.type)
+        story.append(Line(name, of_type, layer.name == guilty, forward, backward, forward_bad, backward_bad))
     return story
 
 
+_REASONS = {"sigterm": "stopped by SIGTERM", "manual": "dump on request"}
 _DIRECTIONS = ((PARAMETER, OUTPUT), (OUTPUT_GRAD, PARAMETER_GRAD))
 
 
@@ -74,14 +80,6 @@ def _largest(values: NDArray[np.float32], taps: Sequence[int]) -> Floats:
         return np.full(len(values), np.nan)
     norms = read(values[:, list(taps)], "norm")
     return np.where(np.isnan(norms).all(axis=1), np.nan, np.nanmax(np.nan_to_num(norms, nan=-1.0, posinf=np.inf), axis=1))
-
-
-def _bad(values: NDArray[np.float32], taps: Sequence[int]) -> NDArray[np.bool_]:
-    """[T]: whether any of some taps held a NaN or +Inf."""
-    if not taps:
-        return np.zeros(len(values), dtype=np.bool_)
-    counts = np.nan_to_num(read(values[:, list(taps)], "nan")) + np.nan_to_num(read(values[:, list(taps)], "posinf"))
-    return np.asarray((counts > 0).any(axis=1))
 
 
 def that_matter(story: Sequence[Line], most: int) -> list[Line | int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def save_png(report: Report, path: Path) -> Path:
     buffer = io.BytesIO()
     figure = draw(report)
     FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same report, the same bytes
+    with warnings.catch_warnings():  # of a glyph that the font lacks, at a crash, nobody wants to hear
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same report, the same bytes
     return write_whole(path, buffer.getvalue())
 
 
@@ -104,7 +107,9 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
     for line in sorted(shown, key=lambda line: line.guilty):
         values, bad = _series(line, side)
         drawn = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-        style = {"color": RED, "lw": 2.4, "zorder": 3, "label": line.name} if line.guilty else {"color": GREY, "lw": 1.0}
+        style = (
+            {"color": RED, "lw": 2.4, "zorder": 3, "label": _shorten(line.name)} if line.guilty else {"color": GREY, "lw": 1.0}
+        )
         axes.plot(steps, drawn, marker="." if len(steps) < 40 else "", **style)
         if line.guilty:
             _mark_bad(axes, steps, bad)

@@ -100,7 +100,7 @@ def _head(report: Report, glyphs: Glyphs) -> RenderableType:
         )
     if report.failure and report.failure.detected_at not in (None, report.failure.step):
         lines.append(Text(f"the host learned of it at step {report.failure.detected_at}", style="dim"))
-    title = "nobs: training failed" if failed else "nobs: recorded steps"
+    title = "nobs: training failed" if report.failure else "nobs: the run ended" if failed else "nobs: recorded steps"
     return Panel(
         Group(*lines), title=Text(title, style=style), title_align="left", border_style="red" if failed else "", box=glyphs.frame
     )
@@ -126,32 +126,35 @@ def _why(report: Report) -> RenderableType:
 
 
 def _layers(report: Report, story: list[_story.Line], glyphs: Glyphs, width: int) -> RenderableType:
-    """Layers in execution order: a sparkline and the last value forward, and the same backward."""
+    """Layers in execution order: a sparkline and the last value forward, and the same backward.
+
+    A narrow terminal shows gradients only, a wide one the layer's type too; the guilty layer's type stands above anyway.
+    """
+    sides = ("gradient",) if width < 60 else ("output", "gradient")
+    of_type = width >= 100
+    name_width = max(12, min(max(len(line.name) for line in story), width * 2 // 5))
+    left = width - 2 - (name_width + 1) - (_TYPE + 1 if of_type else 0) - len(sides) * (_VALUE + 2)
+    bars = max(3, left // len(sides))
     steps = report.history.steps
-    wide = width >= 100  # the type of the guilty layer stands above; narrow terminals leave it at that
-    name_width = max(8, min(max(len(line.name) for line in story), width * 2 // 5))
-    bars = max(3, (width - name_width - (_TYPE + 1 if wide else 0) - 2 * (_VALUE + 2) - 4) // 2)
     title = f"layers in execution order, steps {steps[0]} to {steps[-1]} (norms, log scale)"
     table = Table(title=Text(title, style="dim"), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", width=1)
+    table.add_column("", width=1, min_width=1, no_wrap=True)
     table.add_column("layer", width=name_width, no_wrap=True)
-    if wide:
+    if of_type:
         table.add_column("type", width=_TYPE, no_wrap=True, style="dim")
-    for what in ("output", "gradient"):
-        table.add_column(what, width=bars, no_wrap=True)
+    for side in sides:
+        table.add_column(side, width=bars, no_wrap=True)
         table.add_column("last", width=_VALUE, justify="right", no_wrap=True)
     for line in _story.that_matter(story, MOST_LAYERS):
         if isinstance(line, int):
             table.add_row("", Text(f"{glyphs.ellipsis} {line} more", style="dim"))
             continue
+        series = {"output": (line.forward, line.forward_bad), "gradient": (line.backward, line.backward_bad)}
         table.add_row(
             Text(glyphs.guilty if line.guilty else "", style="bold red"),
             Text(_shorten(line.name, name_width, glyphs), style="bold red" if line.guilty else ""),
-            *([Text(_shorten(line.type, _TYPE, glyphs))] if wide else []),
-            _sparkline(line.forward, line.forward_bad, bars, glyphs),
-            _last(line.forward, line.forward_bad),
-            _sparkline(line.backward, line.backward_bad, bars, glyphs),
-            _last(line.backward, line.backward_bad),
+            *([Text(_shorten(line.type, _TYPE, glyphs))] if of_type else []),
+            *(cell for side in sides for cell in (_sparkline(*series[side], bars, glyphs), _last(*series[side]))),
         )
     return Padding(table, (1, 0, 0, 0), expand=False)
 

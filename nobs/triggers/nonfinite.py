@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .._columns import FIRST, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
-from .._schema import Failure, Row, Tap, bad_counts, places
+from .._names import places
+from .._schema import Failure, Row, Tap, bad_counts
 from .shape import at_least_one
 
 
