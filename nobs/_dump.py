@@ -7,12 +7,43 @@ import logging
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from . import _codec
-from ._schema import Report, safe_text
+from . import _codec, _launch
+from ._ring import RingBuffer
+from ._schema import Failure, History, Report, safe_text
+from .diagnosis import diagnose
 
 log = logging.getLogger("nobs")
+
+
+def report_and_publish(
+    ring: RingBuffer, run: Path, reason: str, failure: Failure | None = None, exception: str | None = None
+) -> Report:
+    """Make the report of a ring, write it and print it. Whatever goes wrong on the way, there is a report."""
+    try:
+        report = report_of(ring, reason, failure, exception)
+    except Exception as error:
+        _complain("could not make a report", error)
+        empty = History.of((), ring.row.table)
+        report = Report(empty, reason, "", _launch.installed_version(), failure, exception=exception)
+    publish(report, run)
+    return report
+
+
+def report_of(ring: RingBuffer, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
+    """The history of a ring with what failed in it and what was found out about it."""
+    try:
+        history = ring.history()
+    except Exception:  # the device is gone: what has arrived lies in host memory
+        history = ring.history(wait=False)
+    report = replace(ring.report(reason, history), failure=failure, exception=exception)
+    try:
+        return replace(report, findings=diagnose(history, failure))
+    except Exception as error:  # a history without a diagnosis is still the history
+        _complain("could not diagnose the failure", error)
+        return report
 
 
 def publish(report: Report, run: Path) -> Path | None:

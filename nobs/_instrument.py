@@ -283,7 +283,8 @@ def _device(chosen: Named) -> torch.device:
 def _warn_if_compiled(model: nn.Module) -> None:
     """Taps put in after the first compiled call are seen, at the price of compiling again; say so once."""
     compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules())
-    code = getattr(type(_innermost(model)).forward, "__code__", None)
+    innermost = getattr(model, "_orig_mod", model)
+    code = getattr(type(innermost).forward, "__code__", None)
     if compiled and code is not None and torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
         warnings.warn(
             explain(
@@ -295,7 +296,3 @@ def _warn_if_compiled(model: nn.Module) -> None:
             NobsWarning,
             stacklevel=3,
         )
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model

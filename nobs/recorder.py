@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +21,7 @@ from . import _dump, _launch, triggers
 from ._checkpoint import packed, unpacked
 from ._ring import LOSS_SCALE, RingBuffer, check_scalar
 from ._schema import Failure, History, Report, safe_text
-from .diagnosis import diagnose
+from ._sigterm import SigtermWatch
 from .errors import BadSetting, NobsError, NobsWarning, TrainingFailure, explain
 
 log = logging.getLogger("nobs")
@@ -118,7 +116,7 @@ class Recorder:
         self._lr: dict[str, float] | None = None
         self._mute_until = 0
         self._broken = False
-        self._previous_sigterm: Any = None
+        self._sigterm = SigtermWatch(self._dump_signal)
         self.report = None
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -247,41 +245,19 @@ class Recorder:
 
     # -- failing ---------------------------------------------------------------------------------------------------
 
+    @_never_fatal
     def dump(self, reason: str = "manual") -> Path | None:
         """Write the last steps as JSON and PNG now; the path of the JSON, None where no folder could be written to."""
-        return _dump.write(self._make_report(reason), self._run_directory)
+        return _dump.write(_dump.report_of(self._ring, reason), self._run_directory)
 
     def _fail(self, failure: Failure) -> None:
         self._wait()
-        self.report = self._publish("trigger", failure)
+        self.report = _dump.report_and_publish(self._ring, self._run_directory, "trigger", failure)
         self._mute_until = self._step + self._ring.capacity
         if self._on_failure == "warn":
             warnings.warn(f"training failed: {self.report.summary()}", NobsWarning, stacklevel=4)
         else:
             raise TrainingFailure(self.report)
-
-    def _publish(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
-        """Make the report, write and print it. Whatever goes wrong on the way, there is a report."""
-        try:
-            report = self._make_report(reason, failure, exception)
-        except Exception:
-            log.exception("nobs could not make a report")
-            empty = History.of((), self._ring.row.table)
-            report = Report(empty, reason, "", _launch.installed_version(), failure, exception=exception)
-        _dump.publish(report, self._run_directory)
-        return report
-
-    def _make_report(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
-        try:
-            history = self._ring.history()
-        except Exception:  # the device is gone: what has arrived lies in host memory
-            history = self._ring.history(wait=False)
-        report = replace(self._ring.report(reason, history), failure=failure, exception=exception)
-        try:
-            return replace(report, findings=diagnose(history, failure))
-        except Exception as error:  # a history without a diagnosis is still the history
-            log.warning("nobs could not diagnose the failure: %s", safe_text(error), exc_info=True)
-            return report
 
     def _give_up(self, error: Exception) -> None:
         """Stop recording for good, and say so once."""
@@ -296,13 +272,11 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._ring.row.before_update = weakref.WeakMethod(self._before_update)
-        self._process = os.getpid()
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._on_sigterm:
-            self._previous_sigterm = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._sigterm.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if os.getpid() != self._process:  # a forked worker on its way out: it never writes
+        if self._sigterm.in_child:  # a forked worker on its way out: it never writes
             return False
         try:
             if error is None:
@@ -325,28 +299,18 @@ class Recorder:
                 self._ring.close_step(self._step, self._lr or {})
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
-        self.report = self._publish("exception", exception=f"{type(error).__name__}: {safe_text(error, 2000)}")
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """Dump, then do what would have been done without nobs."""
-        if os.getpid() == self._process:  # a forked worker inherits the handler, and never writes
-            self._dump_signal()
-        previous = self._previous_sigterm
-        if callable(previous):
-            previous(number, frame)
-        elif previous != signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.report = _dump.report_and_publish(
+            self._ring, self._run_directory, "exception", exception=f"{type(error).__name__}: {safe_text(error, 2000)}"
+        )
 
     @_never_fatal
     def _dump_signal(self) -> None:
-        self.report = self._publish("sigterm")
+        self.report = _dump.report_and_publish(self._ring, self._run_directory, "sigterm")
 
     def _close(self) -> None:
         if self._ring.row.before_update == weakref.WeakMethod(self._before_update):
             self._ring.row.before_update = None
-        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            signal.signal(signal.SIGTERM, self._previous_sigterm or signal.SIG_DFL)
+        self._sigterm.stop()
 
 
 class _Off(Recorder):

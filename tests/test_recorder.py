@@ -18,7 +18,6 @@ from torch import nn
 
 import nobs
 from nobs import _dump
-from nobs import recorder as recorder_module
 from nobs.errors import BadLoss, BadSetting
 
 
@@ -238,7 +237,7 @@ def test_a_failing_print_costs_only_the_print(model, tmp_path, capsys, monkeypat
 
 def test_a_failing_diagnosis_costs_only_the_diagnosis(model, tmp_path, capsys, monkeypatch):
     """The history is dumped all the same."""
-    monkeypatch.setattr(recorder_module, "diagnose", lambda *args: 1 / 0)
+    monkeypatch.setattr(_dump, "diagnose", lambda *args: 1 / 0)
     assert failing(model, tmp_path).findings == ()
     assert len(dumps(tmp_path)) == 1
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors"},
     {"_columns", "_names"},
     {"_schema"},
-    {"_stats", "_codec", "_case", "_link", "_checkpoint"},
+    {"_stats", "_codec", "_case", "_link", "_checkpoint", "_sigterm"},
     {"_row", "_launch"},
     {"_taps", "_gradients", "_ring", "triggers", "diagnosis", "render"},
     {"_instrument", "_load", "_dump"},
