@@ -154,7 +154,7 @@ class Recorder:
             raise self._ring.row.broken
         if self._lr is None:  # no backward in this step
             self._before_update()
-        self._ring.close_step(self._step, {**(self._lr or {}), **scalars, "loss": loss}, batch)
+        self._ring.close_step(self._step, {"loss": loss, **(self._lr or {}), **scalars}, batch)
         self._lr = None
         self._step += 1
 

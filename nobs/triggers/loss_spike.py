@@ -73,17 +73,17 @@ class LossSpike:
         spread = median(abs(loss - mean) for loss in first)
         return LossBaseline(mean, spread, mean, spread, 0.0, None)
 
-    def _limit(self, base: float, spread: float) -> float:
+    def _limit(self, base: float, spread: float, spreads: float) -> float:
         """Above this a loss is too far from `base`; infinite while a loss of zero throughout gives no scale."""
         spread = max(spread, 0.003 * abs(base))
-        return max(base + self.spreads * spread, self.factor * base) if spread else math.inf
+        return max(base + spreads * spread, self.factor * base) if spread else math.inf
 
     def _judge(self, state: LossBaseline, loss: float, step: int) -> Failure | None:
-        limit = max(self._limit(state.mean, state.spread), state.mean + self.factor * state.peak)
+        limit = max(self._limit(state.mean, state.spread, self.spreads), state.mean + self.factor * state.peak)
         if loss > limit:
             message = f"loss {loss:.4g} at step {step}, {_against(loss, state.mean)}"
             return Failure("LossSpike", step, message, value=loss, threshold=limit)
-        limit = self._limit(state.low, state.low_spread)
+        limit = self._limit(state.low, state.low_spread, self.spreads / 2)  # averages scatter less than losses
         if state.mean > limit and loss > state.low:
             message = f"loss climbed to {loss:.4g} by step {step}, {_against(state.mean, state.low, 'its lowest average')}"
             return Failure("LossSpike", step, message, value=state.mean, threshold=limit)
