@@ -25,9 +25,9 @@ from ._row import FIRST_TAP_LINE, LiveRow
 
 
 class _Reading(NamedTuple):
-    """The last reading of a gradient: at which step, of which memory in which version, and what it folds with."""
+    """The last reading of a gradient: since which blanking of the row, of which memory in which version, what it folds with."""
 
-    step: int
+    blanks: int
     address: int
     version: int
     floor: Tensor | None
@@ -98,7 +98,7 @@ class GradientWatch:
         references = self._touched.pop(task, [])
         before_update = self._row.before_update and self._row.before_update()
         if before_update is not None:
-            before_update()
+            self._guarded(before_update)
         if self._row.recording:
             self._guarded(partial(self._write, [p for p in (ref() for ref in references) if p is not None], everything=True))
 
@@ -120,25 +120,25 @@ class GradientWatch:
             self.hook()
 
     def _write_gradient(self, parameter: Tensor) -> None:
-        gradient, step = parameter.grad, self._row.steps
+        gradient, blanks = parameter.grad, self._row.blanks
         if gradient is None:
             return
         address = gradient.data_ptr() if gradient.layout == torch.strided else 0
         last = self._readings.get(parameter)
         line = self._row.values[FIRST_TAP_LINE + self._taps[parameter] + 1]
         floor = None
-        if last is not None and last.step == step:
+        if last is not None and last.blanks == blanks:
             # Accumulating is one in-place write. A new tensor starts at version 0, zeroing and adding makes two.
             goes_on = (address, gradient._version) == (last.address, last.version + 1)
             floor = last.floor if goes_on else line.clone()
-        self._readings[parameter] = _Reading(step, address, gradient._version, floor)
+        self._readings[parameter] = _Reading(blanks, address, gradient._version, floor)
         measured = _measured(gradient)
         if measured is not None:
             line.copy_(measured if floor is None else torch.maximum(floor, measured))
 
     def _write_value(self, parameter: Tensor, tap: int) -> None:
-        if self._valued.get(parameter) != self._row.steps:
-            self._valued[parameter] = self._row.steps
+        if self._valued.get(parameter) != self._row.blanks:
+            self._valued[parameter] = self._row.blanks
             measured = _measured(parameter)
             if measured is not None:
                 self._row.values[FIRST_TAP_LINE + tap].copy_(measured)

@@ -37,6 +37,7 @@ class LiveRow:
         table: what each line after the reserved ones means.
         every: the taps run on every `every`-th step.
         steps: steps begun since a ring took the row over, the running one not counted.
+        blanks: how often the row was blanked; readings of before are of another step, or of a dropped one.
         recording: the switch. Compiled code guards on it, so it has two values and a model two graphs at the most.
         before_update: a weak method, called at the end of each backward, before the optimizer: there the recorder notes the
             learning rate.
@@ -50,6 +51,7 @@ class LiveRow:
         self.table = table
         self.every = every
         self.steps = 0
+        self.blanks = 0
         self.recording = True
         self.broken: Exception | None = None
         self.before_update: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -120,6 +122,7 @@ class LiveRow:
         with torch.no_grad():  # never part of the user's graph
             self.values.copy_(self._blank)
         self.written_scalars.clear()
+        self.blanks += 1
 
     def pause(self, paused: bool) -> None:
         """Stop the taps until further notice, or take one such word back; pauses nest."""

@@ -417,11 +417,23 @@ def test_skipping_a_batch(model, tmp_path):
     """`skip` in place of `step`: the forward of a dropped batch does not count for the next step."""
     with nobs.Recorder(model, directory=tmp_path) as recorder:
         x, y = model.batch()
-        loss_of(model, (x * math.nan, y))
+        loss_of(model, (x * math.nan, y)).backward()
         recorder.skip()
+        model.zero_grad()
         model.bn.reset_running_stats()
         run(recorder, model, 3)
         assert len(recorder.history()) == 3
+        assert (recorder.history()["fc", "weight", "norm"] > 0).all()
+
+
+def test_an_optimizer_that_breaks_the_reading(model, tmp_path):
+    """A learning rate that is no number: recording stops, the user's backward does not."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = nobs.Recorder(model, optimizer=optimizer, directory=tmp_path)
+    optimizer.param_groups[0]["lr"] = "fast"
+    loss_of(model, model.batch()).backward()
+    with pytest.warns(nobs.NobsWarning, match="stopped recording"):
+        recorder.step(1.0)
 
 
 def test_scalars_of_any_name(model, tmp_path):

@@ -84,20 +84,27 @@ def test_training_is_bit_equal_in_eager(name, fresh_dynamo):
 
 @pytest.mark.parametrize("mode", ["whole", "blocks"])
 def test_as_many_graphs_as_without(mode, fresh_dynamo):
-    """Taps add no graph and no break: identical blocks go on sharing one."""
-    counts = []
+    """Taps add no graph and no break: identical blocks go on sharing one; and training stays what it is, but for rounding."""
+    counts, losses = [], []
     for instrumented in (False, True):
         torch._dynamo.reset()
         fresh_dynamo.clear()
+        torch.manual_seed(3)
         model = Tokens(depth=4)
         if instrumented:
             nobs.instrument(model)
         step_model = MODES[mode](model)
-        for _ in range(2):
-            loss_of(step_model, model.batch()).backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            loss = loss_of(step_model, model.batch())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
         counts.append((fresh_dynamo["stats"]["unique_graphs"], sum(fresh_dynamo["graph_break"].values())))
     assert counts[0] == counts[1]
     assert counts[0][0] > 0
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-6)
 
 
 def test_several_forwards_before_their_backwards(fresh_dynamo):
