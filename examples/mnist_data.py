@@ -88,18 +88,18 @@ def drawn_digits(count: int = 10_000, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Digits of a font, shifted, turned, sized and noisy: uint8 `[count, 28, 28]` and int64 `[count]`."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 10, count)
-    glyphs = [[_glyph(digit, size) for size in range(16, 25)] for digit in range(10)]
+    glyphs = [[_glyph(digit, size) for size in range(20, 24)] for digit in range(10)]
     images = np.zeros((count, 28, 28), dtype=np.uint8)
     for i, digit in enumerate(labels):
-        glyph = glyphs[digit][random.integers(9)].rotate(random.uniform(-15, 15), translate=tuple(random.integers(-3, 4, 2)))
-        noisy = np.asarray(glyph, dtype=np.float32) * random.uniform(0.6, 1.0) + random.normal(0, 12, (28, 28))
+        glyph = glyphs[digit][random.integers(4)].rotate(random.uniform(-8, 8), translate=tuple(random.integers(-1, 2, 2)))
+        noisy = np.asarray(glyph, dtype=np.float32) * random.uniform(0.8, 1.0) + random.normal(0, 5, (28, 28))
         images[i] = noisy.clip(0, 255)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def _glyph(digit: int, size: int) -> Image.Image:
     image = Image.new("L", (28, 28))
-    ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, anchor="mm", font=ImageFont.load_default(size))
+    ImageDraw.Draw(image).text((14, 14), str(digit), fill=255, stroke_width=1, anchor="mm", font=ImageFont.load_default(size))
     return image
 
 

@@ -40,10 +40,10 @@ def load(path: str | Path) -> Report:
 
 
 def find(path: Path) -> Path:
-    """The dump that a path means: the file itself, or the newest `rank*.json` below a folder."""
+    """The dump that a path means: the file itself, or of a folder the newest below it, of which the lowest rank."""
     if not path.is_dir():
         return path
-    dumps = sorted(path.rglob("rank*.json"), key=lambda p: (p.stat().st_mtime, str(p)))
+    dumps = sorted([*path.rglob("rank*.json")] or path.glob("*.json"), key=lambda p: (p.stat().st_mtime, str(p)))
     if not dumps:
         raise _no_file(path, "a folder without dumps")
     newest = dumps[-1]

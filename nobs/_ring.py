@@ -49,6 +49,9 @@ class RingBuffer:
         NotInstrumented: the model has no taps.
         BadSetting: a capacity below 1.
 
+    Attributes:
+        waits: how often `add` had to wait because the device was a whole ring behind.
+
     Memory: `capacity x (3 + taps) x 32` bytes on the host, and as much on an accelerator.
     """
 
@@ -62,7 +65,6 @@ class RingBuffer:
         self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
         self.row.owned_by(self)
         self.waits = 0
-        """How often `add` had to wait because the device was a whole ring behind."""
         self._device = self.row.values.device
         self._link = link_for(self.row.values, capacity)
         self._records: deque[_Record] = deque(maxlen=capacity)
@@ -157,7 +159,7 @@ class RingBuffer:
         return History.of(rows, self.row.table)
 
     def report(self, reason: str, history: History) -> Report:
-        """A report of the history with the facts of this run, before anybody judged it."""
+        """A report of the history with the facts of this run, without failure or findings."""
         return Report(
             history=history,
             reason=reason,
@@ -175,7 +177,9 @@ class RingBuffer:
         )
 
     def save_json(self, path: str | Path, trigger_reason: str = "manual") -> Path:
-        """Write the last steps as a dump that `nobs show` opens; waits for rows that are on their way."""
+        """Write the last steps as a dump that `nobs show` opens; waits for rows that are on their way. Judges nothing."""
+        if self._off:
+            return Path(path)
         return _codec.save(self.report(trigger_reason, self.history()), Path(path))
 
     def _read(self, number: int) -> Row:

@@ -68,19 +68,14 @@ class TapTable:
 
     def line(self, layer: str, site: str) -> int:
         """The line of a layer's site, or `UnknownLayer` naming what there is."""
-        try:
+        if (layer, site) in self.lines:
             return self.lines[layer, site]
-        except KeyError:
-            sites = [tap.site for tap in self.taps if tap.layer == layer]
-            there = f"the sites {sites}" if sites else f"the layers {sorted({tap.layer for tap in self.taps})[:8]}, ..."
-            raise UnknownLayer(
-                explain(
-                    f"history[{layer!r}, {site!r}, ...]",
-                    f"no site {site!r} in a layer {layer!r}",
-                    there,
-                    "history.layers lists the layers in execution order",
-                )
-            ) from None
+        sites = [tap.site for tap in self.taps if tap.layer == layer]
+        what = f"no site {site!r} in the layer {layer!r}" if sites else f"no layer {layer!r}"
+        names = ", ".join(repr(name) for name in dict.fromkeys(tap.layer for tap in self.taps))
+        there = f"one of the sites {sites}" if sites else f"one of {names[:200]}" if names else "a layer (is NOBS_DISABLE set?)"
+        did, type_this = f"looking up [{layer!r}, {site!r}, ...]", "history.layers lists them in execution order"
+        raise UnknownLayer(explain(did, what, there, type_this))
 
 
 def bad_counts(values: Floats, table: TapTable) -> Floats:
@@ -171,6 +166,9 @@ class History:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"<nobs.History of {len(self)} steps of {len(self.table)} taps>"
 
     def __getitem__(self, key: tuple[str, str, str]) -> Floats:
         """`history["blocks.0.up", "output.grad", "norm"]`: float64 `[T]` over `steps`, NaN where the tap did not run.
@@ -278,6 +276,9 @@ class Report:
     @property
     def layers(self) -> tuple[Layer, ...]:
         return self.history.layers
+
+    def __repr__(self) -> str:
+        return f"<nobs.Report of {len(self.history)} steps: {self.summary()}>"
 
     def summary(self) -> str:
         """The failure in one line, and the first finding behind it."""

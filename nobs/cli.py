@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import _codec
+from ._launch import installed_version
 from ._load import find, load
 from .errors import NobsError
 
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("-V", "--version", action="version", version=f"nobs {installed_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help=_show.__doc__, description=_show.__doc__)
     show.add_argument("--json", action="store_true", help="print the dump as JSON, and nothing else")

@@ -29,11 +29,11 @@ _ADVICE = {
     "nonfinite_weight": "restore the checkpoint before this step; check what writes to this parameter outside the optimizer",
     "overflow": "bound this layer's values (normalise, clip, lower the learning rate) or compute it in a wider dtype",
     "gradient_explosion": "clip gradients by norm, and look at the scale of this layer's initialisation and normalisation",
-    "learning_rate": "lower the peak learning rate or lengthen the warm-up; clip gradients; restart from before the onset",
+    "learning_rate": "lower the learning rate, above all its peak; lengthen the warm-up; clip gradients",
     "weight_corruption": "restore this parameter from a checkpoint; check what wrote to it (a bad load, hardware, in-place code)",
     "bad_batch": "look at the batch of this step, skip it, and check the input pipeline for the way it came in",
     "loss_spike": "look at the batch and the labels of this step; if spikes repeat, lower the learning rate",
-    "unknown": "look at the layers in `nobs show`, or record more steps (capacity) before the failure",
+    "unknown": "compare with the same steps of a healthy run, or record more steps (capacity) before the failure",
 }
 
 
@@ -104,14 +104,13 @@ def loss_alone(case: Case) -> Finding | None:
     rows = np.flatnonzero(given & ~np.isfinite(loss))
     if not rows.size or (case.first_bad is not None and case.first_bad < Event(int(rows[0]), 2, 0, 0, 0)):
         return None
-    outputs = [case.event(int(rows[0]), int(i)) for i in case.history.table.of_kind[OUTPUT]]
-    ran = [e for e in outputs if np.isfinite(case.values[e.row, e.line, FIRST])]
-    if not ran or (case.leavers and case.share_out(case.end) >= 0.5):
+    outputs = case.history.table.of_kind[OUTPUT]
+    if not np.isfinite(case.values[rows[0], outputs, FIRST]).any() or (case.leavers and case.share_out(case.end) >= 0.5):
         return None
-    last = max(ran)
-    evidence = f"the loss of step {case.history.steps[rows[0]]} is {loss[rows[0]]:.4g} while every output is finite"
-    evidence += f"; {case.tap(last).layer} ran last"
-    return _finding(case, "nonfinite_forward", last, 0.8, evidence)
+    step = int(case.history.steps[rows[0]])
+    evidence = f"the loss of step {step} is {loss[rows[0]]:.4g} while every output is finite"
+    advice = "look at the loss function and at the targets of this step: log, division, exp, a target outside its range"
+    return Finding("nonfinite_forward", None, "loss", step, 0.8, evidence, advice)
 
 
 def too_fast(case: Case) -> Finding | None:
@@ -126,8 +125,8 @@ def too_fast(case: Case) -> Finding | None:
     tap = case.tap(first)
     layers = len({case.tap(e).layer for e in case.leavers})
     evidence = (
-        f"{layers} of {len(case.place)} layers left their band from step {case.step(first)} on, {tap.layer} ({tap.site}) first; "
-        f"by step {case.history.steps[case.end]} that is at {case.times(first.line, case.end)} its median"
+        f"{tap.layer} ({tap.site}) left its usual range at step {case.step(first)}, {layers} of {len(case.place)} layers had by "
+        f"step {case.history.steps[case.end]}, when it was at {case.times(first.line, case.end)} its median"
     )
     if known.size:
         evidence += f"; learning rate {known[-1]:.3g}" + (f", up {rise:.3g}x in this window" if rise > 1.05 else ", constant")
@@ -207,7 +206,7 @@ def one_gradient(case: Case) -> Finding | None:
     first = case.leavers[0]
     tap = case.tap(first)
     evidence = (
-        f"the gradient of {tap.layer} ({tap.site}) left its band at step {case.step(first)}, at "
+        f"the gradient of {tap.layer} ({tap.site}) left its usual range at step {case.step(first)}, at "
         f"{case.times(first.line, first.row)} its median, before any output or weight did"
     )
     return _finding(case, "gradient_explosion", first, 0.7, evidence)
@@ -221,7 +220,7 @@ def one_output(case: Case) -> Finding | None:
     tap = case.tap(first)
     evidence = (
         f"the output of {tap.layer} is at {case.times(first.line, first.row)} its median from step {case.step(first)} on, "
-        "while the layers before it and all weights were in their band"
+        "while the layers before it and all weights were as usual"
     )
     return _finding(case, "unknown", first, 0.65, evidence)
 
@@ -230,7 +229,9 @@ def spike(case: Case) -> Finding | None:
     """The loss alone rose: no layer shows why."""
     if case.failure is None or case.failure.trigger != "LossSpike" or case.leavers or case.first_bad:
         return None
-    evidence = f"{case.failure.message}; no layer's norms left their band, so the labels or the batch are the first suspects"
+    evidence = (
+        f"{case.failure.message}; no layer's norms left their usual range, so the labels or the batch are the first suspects"
+    )
     return Finding("loss_spike", None, None, case.failure.step, 0.5, evidence, _ADVICE["loss_spike"])
 
 
@@ -256,7 +257,7 @@ def diagnose(history: History, failure: Failure | None = None) -> tuple[Finding,
 
 def _nothing_decided(case: Case, failure: Failure) -> Finding:
     clean = "no NaN or Inf before the end" if case.first_bad is None else "the NaN came late"
-    out = f"{len(case.leavers)} sites out of their band" if case.leavers else "every norm inside its band"
+    out = f"{len(case.leavers)} sites out of their usual range" if case.leavers else "every norm as usual"
     return Finding(
         "unknown",
         failure.layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import warnings
@@ -67,15 +68,16 @@ class Recorder:
         optimizer: one or a list; its learning rate is recorded as the optimizer was about to use it.
         scaler: the GradScaler, so that gradients are reported unscaled and the steps it skips are no alarm.
         capacity: how many steps to remember.
-        triggers: what judges each row; None for `nobs.triggers.DEFAULT`.
+        triggers: what judges each row, in place of `nobs.triggers.DEFAULT`.
         directory: where dumps go, as `<directory>/<run>/step<NNNNNNNN>/rank<NNNNN>.json` and `.png`.
         on_failure: "raise"; "warn" to report, warn and go on (at most one report every `capacity` steps); "stop" to report
             and leave the `with` block quietly, with the report in `recorder.report`.
 
     Raises:
-        NotInstrumented, BadSetting: at once, for a wrong call. Errors of nobs itself are logged and end the recording only.
+        NotInstrumented, BadSetting: at once, for a wrong call. Any other error, of nobs or of a trigger, is said once (a warning
+            and a log entry) and ends the recording, never the run.
 
-    Memory: see `RingBuffer`.
+    Memory: `capacity x (3 + taps) x 32` bytes on the host, and as much on an accelerator.
     """
 
     report: Report | None
@@ -171,7 +173,11 @@ class Recorder:
     @_never_fatal
     def _next_failure(self) -> Failure | None:
         for row in self._ring.drain():
-            if (failure := self._engine.check(row)) is not None:
+            try:
+                failure = self._engine.check(row)
+            except NobsError as error:  # in a trigger it is no wrong call of the training loop's
+                raise RuntimeError(str(error)) from error
+            if failure is not None:
                 return failure
         return None
 
@@ -229,6 +235,8 @@ class Recorder:
         Raises:
             BadSetting: the state is of other triggers.
         """
+        if not state:  # of a run with NOBS_DISABLE=1
+            return
         names = [type(trigger).__name__ for trigger in self._engine.triggers]
         saved = [name for name, _ in state.get("triggers", ())]
         if saved != names:
@@ -300,7 +308,10 @@ class Recorder:
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
         self.report = _dump.report_and_publish(
-            self._ring, self._run_directory, "exception", exception=f"{type(error).__name__}: {safe_text(error, 2000)}"
+            self._ring,
+            self._run_directory,
+            "exception",
+            exception=": ".join(filter(None, (type(error).__name__, safe_text(error, 2000)))),
         )
 
     @_never_fatal
@@ -311,6 +322,10 @@ class Recorder:
         if self._ring.row.before_update == weakref.WeakMethod(self._before_update):
             self._ring.row.before_update = None
         self._sigterm.stop()
+
+
+_init = inspect.signature(Recorder.__init__)
+Recorder.__signature__ = _init.replace(parameters=list(_init.parameters.values())[1:])  # type: ignore[attr-defined]  # not __new__'s
 
 
 class _Off(Recorder):

@@ -190,7 +190,8 @@ def test_a_loss_that_is_nan_by_itself(tmp_path, capsys):
             loss = loss_of(model, model.batch())
             recorder.step(loss if step < 4 else (loss - loss - 1).log())
     first = recorder.report.findings[0]
-    assert (first.cause, first.layer, first.site) == ("nonfinite_forward", "fc", "output")
+    assert (first.cause, first.layer, first.site, first.step) == ("nonfinite_forward", None, "loss", 4)
+    assert "first wrong: the loss itself, at step 4" in capsys.readouterr().err
     assert "while every output is finite" in first.evidence
 
 

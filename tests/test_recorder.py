@@ -524,7 +524,7 @@ def test_pauses_nest(model, tmp_path):
     ("options", "says"),
     [
         ({"triggers": nobs.triggers.LossSpike()}, "a list of triggers"),
-        ({"triggers": [nobs.triggers.LossSpike]}, "an object with update"),
+        ({"triggers": [nobs.triggers.LossSpike]}, "an instance of it"),
         ({"optimizer": "sgd"}, "an optimizer with param_groups"),
         ({"directory": None}, "a path"),
         ({"capacity": True}, "capacity=True"),

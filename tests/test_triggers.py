@@ -258,9 +258,9 @@ def test_thresholds_that_make_no_sense(value):
     ):
         with pytest.raises(BadSetting, match=r"a positive finite number[\s\S]*type:"):
             call()
-    for wrong in ([3], [LossSpike]):
-        with pytest.raises(BadSetting, match="an object with update"):
-            nobs.TriggerEngine(triggers=wrong)
+    for wrong, says in ((3, "an object with update"), (LossSpike, r"an instance of it[\s\S]*triggers=\[LossSpike\(\)\]")):
+        with pytest.raises(BadSetting, match=says):
+            nobs.TriggerEngine(triggers=[wrong])
     with pytest.raises(BadSetting, match="a whole number of steps"):
         LossSpike(window=2.5)
 
@@ -269,3 +269,15 @@ def test_settings_are_frozen():
     """A trigger is settings; its state is elsewhere."""
     with pytest.raises(AttributeError):
         LossSpike().factor = 2
+
+
+@pytest.mark.parametrize("answer", [None, Failure("x", 0, "y"), (0, "text"), (0,)])
+def test_a_trigger_with_the_wrong_answer(answer):
+    """What came back and what should have, with the trigger's name."""
+
+    class Mine:
+        def update(self, state, row):
+            return answer
+
+    with pytest.raises(BadSetting, match=r"Mine.update\(state, row\)[\s\S]*a pair \(state, nobs.Failure or None\)"):
+        nobs.TriggerEngine(triggers=[Mine()]).check(row())

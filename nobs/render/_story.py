@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats, read
 from .._names import printable
-from .._schema import Report, bad_counts
+from .._schema import Finding, Report, bad_counts
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,36 @@ def headline(report: Report) -> str:
     if report.failure:
         return printable(report.failure.message)
     if report.exception:
-        return printable(report.exception)
+        return printable(report.exception.splitlines()[0])
     return _REASONS.get(report.reason, f"dump on request ({printable(report.reason)})")
+
+
+def origin(report: Report) -> str | None:
+    """What went wrong first and when, in a few words; None where no finding says so."""
+    if not report.findings:
+        return None
+    first = report.findings[0]
+    at = "" if first.step is None else f", at step {first.step}"
+    if first.layer is None:
+        return f"the loss itself{at}" if first.site == "loss" else None
+    kind = next((layer.type for layer in report.layers if layer.name == first.layer), "")
+    return f"{printable(first.layer)} ({printable(kind)}), {printable(first.site or '')}{at}"
+
+
+def cause(finding: Finding) -> str:
+    """The cause and its place. A learning rate is in no layer; it shows in one first."""
+    if finding.layer is None:
+        return finding.cause
+    where = "first seen in" if finding.cause in ("learning_rate", "bad_batch") else "in"
+    return f"{finding.cause}, {where} {printable(finding.layer)}"
+
+
+def batch(report: Report) -> str | None:
+    """What the batch was called with which it began: of the first finding's step, else of the failing one."""
+    steps = [finding.step for finding in report.findings[:1]] + [report.failure.step if report.failure else None]
+    rows = [i for step in steps for i, at in enumerate(report.history.steps) if at == step]
+    named = report.history.batches[rows[0]] if rows and len(report.history.batches) > rows[0] else None
+    return None if named is None else printable(named)
 
 
 def lines(report: Report) -> list[Line]:

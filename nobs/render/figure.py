@@ -72,11 +72,10 @@ def draw(report: Report) -> Figure:
 
 def _title(report: Report) -> str:
     lines = textwrap.wrap(_story.headline(report), 100, max_lines=2)
-    for finding in report.findings[:1]:
-        where = (
-            f" in {printable(finding.layer)} ({printable(finding.site or '')}) from step {finding.step}" if finding.layer else ""
-        )
-        lines += textwrap.wrap(f"{finding.cause}{where}, {finding.confidence:.0%} sure", 100, max_lines=2)
+    if report.findings:
+        first, origin = report.findings[0], _story.origin(report)
+        since = f": {origin}" if origin else ""
+        lines += textwrap.wrap(f"{first.cause}{since} ({first.confidence:.0%} sure)", 100, max_lines=2)
     return "\n".join(lines)
 
 
@@ -128,11 +127,19 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
 
 
 def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
-    """A ring where the first finding began, on the side of its site."""
+    """A dashed line where the first finding began, and a ring on the guilty curve where that is the site it names."""
     first = report.findings[0] if report.findings else None
     at = np.flatnonzero(report.history.steps == first.step) if first and first.step is not None else np.empty(0, dtype=np.intp)
-    if first and at.size and (side == "backward") == (first.site or "").endswith(".grad"):
-        axes.plot(report.history.steps[at], drawn[at], "o", mec=RED, mfc="white", mew=2, ms=8, zorder=5)
+    if first is None or not at.size:
+        return
+    step = report.history.steps[at[-1]]
+    axes.axvline(step, color=RED, lw=0.8, ls="--")
+    site = first.site or ""
+    if site.endswith(".grad") if side == "backward" else site == "output":
+        axes.plot(step, drawn[at[-1]], "o", mec=RED, mfc="white", mew=2, ms=8, zorder=5)
+    else:
+        place = {"xy": (step, 0.02), "xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "rotation": 90}
+        axes.annotate(f"onset ({printable(site)})", color=RED, fontsize=8, parse_math=False, **place)
 
 
 def _name_at_the_end(axes: Any, steps: NDArray[np.int64], drawn: Floats, name: str) -> None:

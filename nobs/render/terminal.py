@@ -38,11 +38,12 @@ class Glyphs:
     absent: str
     guilty: str
     ellipsis: str
+    arrow: str
     frame: box.Box
 
 
-UNICODE = Glyphs("▁▂▃▄▅▆▇█", "✕", "·", "▶", "…", box.HEAVY)
-ASCII = Glyphs("_.-=+*#@", "X", " ", ">", "~", box.ASCII)
+UNICODE = Glyphs("▁▂▃▄▅▆▇█", "✕", "·", "▶", "…", "→", box.HEAVY)
+ASCII = Glyphs("_.-=+*#@", "X", ":", ">", "~", "->", box.ASCII)
 
 
 def print_report(report: Report, path: Path | None = None, *, file: IO[str] | None = None, width: int | None = None) -> None:
@@ -65,7 +66,7 @@ def print_report(report: Report, path: Path | None = None, *, file: IO[str] | No
 
 def _can_show(encoding: str, glyphs: Glyphs) -> bool:
     try:
-        (glyphs.bars + glyphs.bad + glyphs.guilty + glyphs.ellipsis + "┏").encode(encoding)
+        (glyphs.bars + glyphs.bad + glyphs.guilty + glyphs.ellipsis + glyphs.arrow + "┏").encode(encoding)
     except (UnicodeError, LookupError):
         return False
     return True
@@ -87,27 +88,17 @@ def _head(report: Report, glyphs: Glyphs) -> RenderableType:
     failed = report.failure is not None or report.exception is not None
     style = "bold red" if failed else "bold"
     lines = [Text(_story.headline(report), style=style, overflow="fold")]
-    if report.findings and report.findings[0].layer is not None:
-        first = report.findings[0]
-        kind = next((layer.type for layer in report.layers if layer.name == first.layer), "")
-        lines.append(
-            Text.assemble(
-                "first wrong: ",
-                (_layer_name(first.layer), "bold"),
-                f" ({printable(kind)}), {printable(first.site or '')}, at step {first.step}",
-                overflow="fold",
-            )
-        )
+    origin, batch = _story.origin(report), _story.batch(report)
+    if origin:
+        lines.append(Text(f"first wrong: {origin}", overflow="fold"))
+    if batch:
+        lines.append(Text(f"batch: {batch}", overflow="fold"))
     if report.failure and report.failure.detected_at not in (None, report.failure.step):
         lines.append(Text(f"the host learned of it at step {report.failure.detected_at}", style="dim"))
     title = "nobs: training failed" if report.failure else "nobs: the run ended" if failed else "nobs: recorded steps"
     return Panel(
         Group(*lines), title=Text(title, style=style), title_align="left", border_style="red" if failed else "", box=glyphs.frame
     )
-
-
-def _layer_name(name: str | None) -> str:
-    return printable(name or "")
 
 
 def _why(report: Report) -> RenderableType:
@@ -117,8 +108,7 @@ def _why(report: Report) -> RenderableType:
     grid.add_column(overflow="fold")
     for i, finding in enumerate(report.findings[:3]):
         label = "why" if i == 0 else "or"
-        where = f" in {_layer_name(finding.layer)}" if finding.layer else ""
-        grid.add_row(label, Text.assemble((finding.cause, "bold yellow"), f"{where} ({finding.confidence:.0%} sure)"))
+        grid.add_row(label, Text.assemble((_story.cause(finding), "bold yellow"), f" ({finding.confidence:.0%} sure)"))
         grid.add_row("", Text(printable(finding.evidence)))
         if i == 0:
             grid.add_row("do", Text(printable(finding.advice), style="green"))
@@ -136,8 +126,11 @@ def _layers(report: Report, story: list[_story.Line], glyphs: Glyphs, width: int
     left = width - 2 - (name_width + 1) - (_TYPE + 1 if of_type else 0) - len(sides) * (_VALUE + 2)
     bars = max(3, left // len(sides))
     steps = report.history.steps
-    title = f"layers in execution order, steps {steps[0]} to {steps[-1]} (norms, log scale)"
-    table = Table(title=Text(title, style="dim"), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    title = Text(f"layers in execution order, steps {steps[0]} to {steps[-1]}: norms on a log scale", style="dim")
+    note = f"gradient: the largest of the layer's parameters; {glyphs.bad} NaN or Inf; {glyphs.absent} not recorded"
+    left_side = {"title_justify": "left", "caption_justify": "left"}
+    caption = Text(note, style="dim")
+    table = Table(title=title, caption=caption, box=None, padding=(0, 1, 0, 0), pad_edge=False, **left_side)  # type: ignore[arg-type]
     table.add_column("", width=1, min_width=1, no_wrap=True)
     table.add_column("layer", width=name_width, no_wrap=True)
     if of_type:
@@ -211,7 +204,7 @@ def _scalars(report: Report, glyphs: Glyphs, width: int) -> RenderableType:
         given = history.given[name]
         if given.any():
             bad = given & ~np.isfinite(values)
-            ends = f"{_figures(values[given][0], 4)} to {_figures(values[given][-1], 4)}"
+            ends = f"{_figures(values[given][0], 4)} {glyphs.arrow} {_figures(values[given][-1], 4)}"
             grid.add_row(Text(printable(name)), _sparkline(np.abs(values), bad, max(4, width // 3), glyphs), Text(ends))
     return Padding(grid, (1, 0, 0, 1), expand=False)
 

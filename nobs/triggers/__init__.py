@@ -1,4 +1,4 @@
-"""The brain: judges rows one by one, in order, on the host.
+"""What makes a run fail: `NonFinite`, `GradientNorm`, `LossSpike`, or a trigger of your own, shown each row in order.
 
 A trigger is frozen settings with one pure method, `update(state, row) -> (state, failure or None)`. The first state is
 None; a state is made of numbers, strings, lists, tuples, dicts and NumPy arrays, so that it goes into a checkpoint. Judging
@@ -21,3 +21,5 @@ from .gradient_norm import GradientNorm as GradientNorm
 from .loss_spike import LossSpike as LossSpike
 from .nonfinite import NonFinite as NonFinite
 from .shape import Trigger as Trigger
+
+__all__ = ["DEFAULT", "GradientNorm", "LossSpike", "NonFinite", "Trigger", "TriggerEngine"]

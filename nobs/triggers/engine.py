@@ -41,7 +41,10 @@ class TriggerEngine:
 
     def _setup(self, triggers: Sequence[Trigger]) -> None:
         for trigger in triggers:
-            if isinstance(trigger, type) or not callable(getattr(trigger, "update", None)):
+            if isinstance(trigger, type):
+                what, instead = f"the class {trigger.__name__}", f"triggers=[{trigger.__name__}()]"
+                raise BadSetting(explain("triggers=[...]", what, "an instance of it", instead))
+            if not callable(getattr(trigger, "update", None)):
                 raise BadSetting(
                     explain("triggers=[...]", f"{trigger!r}", "an object with update(state, row)", "nobs.triggers.LossSpike()")
                 )
@@ -55,7 +58,12 @@ class TriggerEngine:
         """
         first = None
         for i, trigger in enumerate(self.triggers):
-            self.states[i], failure = trigger.update(self.states[i], row)
+            answer: Any = trigger.update(self.states[i], row)  # a user's: it may be anything
+            if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], (Failure, type(None)))):
+                name = type(trigger).__name__
+                pair = "a pair (state, nobs.Failure or None)"
+                raise BadSetting(explain(f"{name}.update(state, row)", repr(answer), pair, "return state, None"))
+            self.states[i], failure = answer
             first = first or failure
         return first
 

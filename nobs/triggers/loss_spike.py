@@ -81,7 +81,7 @@ class LossSpike:
     def _judge(self, state: LossBaseline, loss: float, step: int) -> Failure | None:
         limit = max(self._limit(state.mean, state.spread, self.spreads), state.mean + self.factor * state.peak)
         if loss > limit:
-            message = f"loss {loss:.4g} at step {step}, {_against(loss, state.mean)}"
+            message = f"loss {loss:.4g} at step {step}, {_against(loss, state.mean)} (limit {limit:.4g})"
             return Failure("LossSpike", step, message, value=loss, threshold=limit)
         limit = self._limit(state.low, state.low_spread, self.spreads / 2)  # averages scatter less than losses
         if state.mean > limit and loss > state.low:
