@@ -61,8 +61,7 @@ class Case:
     def place(self) -> dict[str, float]:
         """layer -> its place in execution; one that never ran itself stands where its parent does."""
         known = {layer.name: float(layer.order) for layer in self.history.layers if layer.order is not None}
-        last = {name: len(known) for name in (layer.name for layer in self.history.layers)}
-        return {name: min(at, last[name]) for name, at in places(known, last).items()}
+        return {name: min(at, len(known)) for name, at in places(known, (layer.name for layer in self.history.layers)).items()}
 
     def tap(self, event: Event) -> Tap:
         return self.history.table.taps[event.line]
@@ -72,9 +71,7 @@ class Case:
 
     def event(self, row: int, line: int) -> Event:
         tap = self.history.table.taps[line]
-        phase, kind, sign = {PARAMETER: (0, 0, 1), OUTPUT: (1, 0, 1), OUTPUT_GRAD: (3, 0, -1), PARAMETER_GRAD: (3, 1, -1)}[
-            tap.kind
-        ]
+        phase, kind, sign = _PHASES[tap.kind]
         return Event(row, phase, sign * self.place[tap.layer], kind, line)
 
     @cached_property
@@ -130,20 +127,24 @@ class Case:
         """How far a tap is above its median, in words."""
         return f"{10 ** float(self.logs[row, line] - self.quiet[line]):.3g} times"
 
+    def clean_before(self, event: Event, kind: str) -> list[Event]:
+        """The clean taps of a kind that ran before an event in its step."""
+        ran = [int(line) for line in self.history.table.of_kind[kind] if np.isfinite(self.values[event.row, line, FIRST])]
+        return [e for e in (self.event(event.row, line) for line in ran) if e < event and not self.bad[e.row, e.line]]
+
     def neighbour(self, event: Event) -> str:
         """The last clean tap of the same direction before an event, in words."""
         if event.phase == 0:
             return (
                 f"it was finite at step {self.history.steps[event.row - 1]}" if event.row else "it was so from the first step on"
             )
-        kind = OUTPUT if event.phase == 1 else OUTPUT_GRAD
-        lines = [int(i) for i in self.history.table.of_kind[kind] if np.isfinite(self.values[event.row, i, FIRST])]
-        before = [e for e in (self.event(event.row, line) for line in lines) if e < event and not self.bad[e.row, e.line]]
+        before = self.clean_before(event, OUTPUT if event.phase == 1 else OUTPUT_GRAD)
         if not before:
             return "nothing before it was recorded clean"
         line = max(before).line
         return f"{self.history.table.taps[line].layer} before it is clean (absmax {self.values[event.row, line, ABSMAX]:.3g})"
 
+    @cached_property
     def rates(self) -> NDArray[np.float64]:
         """[T]: the largest learning rate of any parameter group up to the failing step, NaN where none was recorded."""
         groups = [v[: self.end + 1] for name, v in self.history.scalars.items() if name == "lr" or name.startswith("lr.")]

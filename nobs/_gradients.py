@@ -53,10 +53,13 @@ class GradientWatch:
     def hook(self) -> None:
         """Put a hook on every parameter that asks for a gradient and has none: new ones, and those unfrozen since."""
         for parameter, tap in self._parameters():
+            self._hook(parameter, tap)
+
+    def _hook(self, parameter: Tensor, tap: int) -> None:
+        if parameter.requires_grad and parameter not in self._handles:
             self._taps[parameter] = tap
-            if parameter.requires_grad and parameter not in self._handles:
-                register = parameter.register_post_accumulate_grad_hook
-                self._handles[parameter] = register(self._arm)  # type: ignore[no-untyped-call]
+            register = parameter.register_post_accumulate_grad_hook
+            self._handles[parameter] = register(self._arm)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -78,10 +81,10 @@ class GradientWatch:
         The engine numbers its backwards, and nested ones (reentrant checkpointing) have numbers of their own.
         """
         task = torch._C._current_graph_task_id()
-        touched = self._touched.get(task)
-        if touched is None:
-            self._touched = {task: [], **self._touched} if len(self._touched) < 8 else {task: []}  # errors leave some behind
-            touched = self._touched[task]
+        if task not in self._touched:
+            if len(self._touched) >= 8:  # what backwards that ended in an error have left behind
+                self._touched.clear()
+            self._touched[task] = []
             engine: Any = torch.autograd.Variable._execution_engine
             # Queued twice over, to run behind DDP's own callback, which waits for the reduction.
             engine.queue_callback(lambda: engine.queue_callback(partial(self._read, task)))
@@ -89,9 +92,9 @@ class GradientWatch:
             return
         hooks = parameter._post_accumulate_grad_hooks
         if hooks is not None and len(hooks) > 1:  # an optimizer in the backward: behind this hook the gradient is gone
-            self._guarded(partial(self._write, [parameter]))
+            self._guarded(partial(self._write_now, parameter))
         else:
-            touched.append(weakref.ref(parameter))
+            self._touched[task].append(weakref.ref(parameter))
 
     def _read(self, task: int) -> None:
         """The callback at the end of a backward."""
@@ -100,7 +103,7 @@ class GradientWatch:
         if before_update is not None:
             self._guarded(before_update)
         if self._row.recording:
-            self._guarded(partial(self._write, [p for p in (ref() for ref in references) if p is not None], everything=True))
+            self._guarded(partial(self._write, [p for p in (ref() for ref in references) if p is not None]))
 
     def _guarded(self, write: Any) -> None:
         """nobs must never end a run: on an error recording stops, and the recorder says so once."""
@@ -110,14 +113,16 @@ class GradientWatch:
         except Exception as error:
             self._row.give_up(error)
 
-    def _write(self, touched: list[Tensor], everything: bool = False) -> None:
+    def _write(self, touched: list[Tensor]) -> None:
         for parameter in touched:
             self._write_gradient(parameter)
-            self._write_value(parameter, self._taps[parameter])
-        if everything:
-            for parameter, tap in self._parameters():  # those without a gradient in this backward too
-                self._write_value(parameter, tap)
-            self.hook()
+        for parameter, tap in self._parameters():  # those without a gradient in this backward too
+            self._write_value(parameter, tap)
+            self._hook(parameter, tap)
+
+    def _write_now(self, parameter: Tensor) -> None:
+        self._write_gradient(parameter)
+        self._write_value(parameter, self._taps[parameter])
 
     def _write_gradient(self, parameter: Tensor) -> None:
         gradient, blanks = parameter.grad, self._row.blanks

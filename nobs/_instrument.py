@@ -52,8 +52,8 @@ def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None,
     """Put taps into a model, before `torch.compile`, and give the same object back.
 
     Afterwards each step leaves, on the device, eight float32 for every layer's output, the output's gradient, each
-    parameter and each parameter's gradient. A `nobs.Recorder` or a `nobs.RingBuffer` reads them. Parameters, state_dict,
-    isinstance, pickles and deep copies are as without.
+    parameter and each parameter's gradient. A `nobs.Recorder` or a `nobs.RingBuffer` reads them. Parameters, state_dict
+    and isinstance are as without; pickles and deep copies come out without taps.
 
     Args:
         model: any module. Every layer that owns parameters is recorded, and every norm.

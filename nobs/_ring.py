@@ -84,12 +84,15 @@ class RingBuffer:
 
         Cost: three small kernels, and one a scalar that lives on the device. Waits for nothing (see `waits`).
         """
-        self.close_step(step, {"loss": loss, **scalars}, batch)
-
-    def close_step(self, step: int, scalars: Mapping[str, Tensor | float | None], batch: object = None) -> None:
-        """`add` with the scalars in one mapping, so that they may have any name; those that are None are left out."""
         if self._off:
             return
+        given = {"loss": loss, **scalars} if loss is not None else scalars
+        for name, value in given.items():
+            check_scalar(name, value)
+        self.close_step(step, given, batch)
+
+    def close_step(self, step: int, scalars: Mapping[str, Tensor | float | None], batch: object = None) -> None:
+        """`add` with checked scalars in one mapping, so that they may have any name; those that are None are left out."""
         if self.row.owner is None or self.row.owner() is not self:
             raise BadSetting(
                 explain(
@@ -100,8 +103,6 @@ class RingBuffer:
                 )
             )
         given = {name: value for name, value in scalars.items() if value is not None}
-        for name, value in given.items():
-            check_scalar(name, value)
         with torch.no_grad():  # a recording is no part of the user's graph
             record = self._write_scalars(step, given, batch)
             place = self._make_room()

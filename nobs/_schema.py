@@ -20,14 +20,13 @@ from ._columns import (
     ELEMENTS,
     FIRST,
     KINDS,
-    NAN,
     NEGINF,
     OUTPUT,
     PARAMETER,
-    POSINF,
+    STATISTICS,
     Floats,
     read,
-)  # fmt: skip
+)
 from .errors import UnknownLayer, explain
 
 
@@ -74,8 +73,8 @@ class TapTable:
         what = f"no site {site!r} in the layer {layer!r}" if sites else f"no layer {layer!r}"
         names = ", ".join(repr(name) for name in dict.fromkeys(tap.layer for tap in self.taps))
         there = f"one of the sites {sites}" if sites else f"one of {names[:200]}" if names else "a layer (is NOBS_DISABLE set?)"
-        did, type_this = f"looking up [{layer!r}, {site!r}, ...]", "history.layers lists them in execution order"
-        raise UnknownLayer(explain(did, what, there, type_this))
+        type_this = "history.layers lists them in execution order"
+        raise UnknownLayer(explain(f"looking up [{layer!r}, {site!r}, ...]", what, there, type_this))
 
 
 def bad_counts(values: Floats, table: TapTable) -> Floats:
@@ -83,12 +82,14 @@ def bad_counts(values: Floats, table: TapTable) -> Floats:
 
     -Inf is legal in outputs, where masks put it, and in parameters that have no gradient, which may be such masks.
     """
-    counts = values[..., NAN] + values[..., POSINF] + values[..., NEGINF]
+    values = np.asarray(values, dtype=np.float64)
     ran = np.isfinite(values[..., FIRST])
     outputs, parameters = table.of_kind[OUTPUT], table.of_kind[PARAMETER]
     trained = np.where(table.gradients >= 0, ran[..., table.gradients], False)
-    counts[..., outputs] -= values[..., outputs, NEGINF]
-    counts[..., parameters] -= np.where(trained, 0, values[..., parameters, NEGINF])
+    with np.errstate(invalid="ignore"):  # a dump may hold any floats
+        counts = STATISTICS["nonfinite"](values)
+        counts[..., outputs] -= values[..., outputs, NEGINF]
+        counts[..., parameters] -= np.where(trained, 0, values[..., parameters, NEGINF])
     return np.where(ran, np.nan_to_num(counts), 0)
 
 

@@ -52,39 +52,32 @@ def born_nonfinite(case: Case) -> Finding | None:
     counts = " and ".join(f"{n:.0f} {word}" for n, word in ((nan, "NaN"), (inf, "Inf")) if n)
     evidence = f"{counts} of {values[ELEMENTS]:.0f} values in {tap.layer} ({tap.site}) at step {case.step(event)}"
     evidence += f"; {case.neighbour(event)}"
-    cause, confidence = {PARAMETER: ("nonfinite_weight", 0.9), OUTPUT: ("nonfinite_forward", 0.85)}.get(
-        tap.kind, ("nonfinite_backward", 0.85)
-    )
+    if tap.kind == PARAMETER:
+        return _finding(case, "nonfinite_weight", event, 0.9, evidence)
     if tap.kind == OUTPUT:
-        cause, confidence, more = _forward_cause(case, event, tap)
-        evidence += more
-    elif tap.kind != PARAMETER:
-        event = _above(case, event)
-        evidence += (
-            f"; forward and loss of that step were finite, and the gradient that came into {case.tap(event).layer} was too"
-        )
-    return _finding(case, cause, event, confidence, evidence)
+        cause, more = _forward_cause(case, event, tap)
+        return _finding(case, cause, event, 0.75 if cause == "nonfinite_input" else 0.85, evidence + more)
+    event = _above(case, event)
+    came_in = f"; forward and loss of that step were finite, and the gradient that came into {case.tap(event).layer} was too"
+    return _finding(case, "nonfinite_backward", event, 0.85, evidence + came_in)
 
 
-def _forward_cause(case: Case, event: Event, tap: Tap) -> tuple[str, float, str]:
+def _forward_cause(case: Case, event: Event, tap: Tap) -> tuple[str, str]:
     dtype = next((layer.sites[tap.site].dtype for layer in case.history.layers if layer.name == tap.layer), None)
     largest = LARGEST.get(dtype or "", math.inf)
     near = max(float(case.values[event.row, event.line, ABSMAX]), float(case.values[max(0, event.row - 1), event.line, ABSMAX]))
     if near > HEADROOM * largest and (dtype == "float16" or near > 1e30):
-        return "overflow", 0.85, f"; its largest finite value was {near:.3g} where {dtype} ends at {largest:.3g}"
-    ran = [e.line for e in (case.event(event.row, int(i)) for i in case.history.table.of_kind[OUTPUT]) if e < event]
-    if not any(np.isfinite(case.values[event.row, line, FIRST]) for line in ran):
-        return "nonfinite_input", 0.75, "; it is the first layer to run and its weights are finite, so its input was not"
-    return "nonfinite_forward", 0.85, "; its own weights are finite"
+        return "overflow", f"; its largest finite value was {near:.3g} where {dtype} ends at {largest:.3g}"
+    if not case.clean_before(event, OUTPUT):
+        return "nonfinite_input", "; it is the first layer to run and its weights are finite, so its input was not"
+    return "nonfinite_forward", "; its own weights are finite"
 
 
 def _above(case: Case, event: Event) -> Event:
     """For a gradient that is dirty: the layer whose backward made it, the last one whose incoming gradient was clean."""
     if case.tap(event).kind == PARAMETER_GRAD:  # the incoming gradient was clean, or it would have come first
         return event
-    lines = [int(i) for i in case.history.table.of_kind[OUTPUT_GRAD] if np.isfinite(case.values[event.row, i, FIRST])]
-    clean = [e for e in (case.event(event.row, line) for line in lines) if e < event and not case.bad[e.row, e.line]]
-    return max(clean, default=event)
+    return max(case.clean_before(event, OUTPUT_GRAD), default=event)
 
 
 def _loss_was_finite(case: Case, row: int) -> bool:
@@ -115,8 +108,7 @@ def loss_alone(case: Case) -> Finding | None:
 
 def too_fast(case: Case) -> Finding | None:
     """Most of the network left its band, together or while the learning rate rose: the step size was too large."""
-    rates = case.rates()
-    known = rates[np.isfinite(rates)]
+    known = case.rates[np.isfinite(case.rates)]
     rise = float(known[-1] / known.min()) if known.size and known.min() > 0 else 1.0
     confidence = _confidence_in_rate(case, rise)
     if not case.leavers or confidence is None or _one_batch(case) or _jumped(case):
@@ -180,7 +172,7 @@ def _jumped(case: Case) -> Event | None:
         now, before = case.values[row, event.line], case.values[row - 1, event.line]
         gradient = case.history.table.lines.get((tap.layer, f"{tap.site}.grad"))
         slope = case.values[row - 1, gradient, NORM] if gradient is not None else 0.0
-        lr = case.rates()[row - 1] if np.isfinite(case.rates()[row - 1]) else 1.0
+        lr = case.rates[row - 1] if np.isfinite(case.rates[row - 1]) else 1.0
         # SGD moves by lr x gradient, Adam by at most about lr x sqrt(elements).
         if abs(now[NORM] - before[NORM]) > 10 * lr * max(slope, math.sqrt(now[ELEMENTS])):
             return event

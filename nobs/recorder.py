@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -162,13 +162,9 @@ class Recorder:
 
     def _judge(self) -> None:
         """Show every row that has arrived to the triggers, in order; a lag of some rows is normal on an accelerator."""
-        for failure in self._new_failures():
+        while (failure := self._next_failure()) is not None:
             if failure.step >= self._mute_until:
                 self._fail(replace(failure, detected_at=self._step - 1))
-
-    def _new_failures(self) -> Iterator[Failure]:
-        while (failure := self._next_failure()) is not None:
-            yield failure
 
     @_never_fatal
     def _next_failure(self) -> Failure | None:
@@ -333,7 +329,6 @@ class _Off(Recorder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ring = RingBuffer(nn.Identity(), capacity=1)
-        self._on_failure = "raise"
         self.report = None
 
     def step(self, loss: Tensor | float, *, batch: object = None, **scalars: Tensor | float) -> None: ...
@@ -341,8 +336,8 @@ class _Off(Recorder):
     def skip(self) -> None: ...
     def dump(self, reason: str = "manual") -> Path | None: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def __exit__(self, *exception: object) -> bool:
-        return self.report is not None  # never: no exception is swallowed
+    def __exit__(self, *exception: object) -> Literal[False]:
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {}

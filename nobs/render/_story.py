@@ -77,8 +77,7 @@ def lines(report: Report) -> list[Line]:
         return []
     guilty = guilty_layer(report)
     history = report.history
-    with np.errstate(invalid="ignore"):  # a dump may hold any floats
-        bad = bad_counts(history.values.astype(np.float64), history.table) > 0
+    bad = bad_counts(history.values, history.table) > 0
     of_layer: dict[str, dict[str, list[int]]] = {}
     for i, tap in enumerate(history.table.taps):
         of_layer.setdefault(tap.layer, {}).setdefault(tap.kind, []).append(i)

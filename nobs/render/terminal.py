@@ -229,4 +229,4 @@ def _footer(report: Report) -> RenderableType:
     facts = [f"torch {run.get('torch', '?')}", run.get("device", "?"), compiled, f"{len(report.history)} steps kept"]
     if report.world_size > 1:
         facts.append(f"rank {report.rank} of {report.world_size}")
-    return Text(f" nobs {printable(report.nobs_version)} · ".replace("·", "|") + " | ".join(facts), style="dim", overflow="fold")
+    return Text(" " + " | ".join([f"nobs {printable(report.nobs_version)}", *facts]), style="dim", overflow="fold")

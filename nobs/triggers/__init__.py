@@ -10,7 +10,7 @@ step 10 million costs what judging step 10 cost. A trigger of your own is any ob
             failure = nobs.Failure("Stuck", row.step, "the loss does not move") if same else None
             return {"loss": row.scalars["loss"]}, failure
 
-What judges is never judged by itself: a spike or a NaN does not enter the average that it was compared with.
+A spike or a NaN never enters the average that it was compared with, and so cannot hide the next one.
 """
 
 from __future__ import annotations

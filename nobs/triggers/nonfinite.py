@@ -31,7 +31,7 @@ class NonFinite:
         at_least_one(self, "patience")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        counts = bad_counts(row.values.astype(np.float64), row.table)
+        counts = bad_counts(row.values, row.table)
         overflows = int(state or 0)
         gradients = np.r_[row.table.of_kind[OUTPUT_GRAD], row.table.of_kind[PARAMETER_GRAD]]
         if "loss_scale" in row.scalars and np.isfinite(row.values[gradients, FIRST]).any():  # else: a step without taps
