@@ -1,7 +1,6 @@
 """What all tests share: a clean Dynamo, a path to the examples, and no colours from the developer's terminal."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,9 @@ for name in ("tests/twin", "tests/nets", "tests/samples", "tests/strategies", "e
     sys.modules[module.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[module.stem])
 
-settings.register_profile("nobs", deadline=None, derandomize=bool(os.environ.get("CI")))
+# What decides whether a change lands draws the same examples every time; `--hypothesis-profile=hunt` looks for new ones.
+settings.register_profile("nobs", deadline=None, derandomize=True)
+settings.register_profile("hunt", deadline=None, max_examples=2000)
 settings.load_profile("nobs")
 
 

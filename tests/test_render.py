@@ -126,14 +126,22 @@ def test_the_figure(layers, panels, tmp_path):
 @settings(max_examples=10)
 @given(reports)
 def test_any_report_draws(report):
-    """GIVEN any report that can be loaded, THEN it draws; layer names are no mathematics."""
+    """GIVEN any report that can be loaded, THEN it draws, without a warning, and into a file."""
+    draw(report)
     with tempfile.TemporaryDirectory() as folder:
         save_png(report, Path(folder) / "a.png")
 
 
-def test_a_mathematical_layer_name(tmp_path):
-    """Dollar signs would be an error of matplotlib's parser."""
-    save_png(story_report(name="$\\frac{{{}$", layers=14), tmp_path / "a.png")
+@pytest.mark.parametrize("layers", [4, 14])
+@pytest.mark.parametrize("name", ["$\\frac{{{}$", "_head{}", "", "[red]{}"])
+def test_a_strange_layer_name(name, layers, tmp_path):
+    """Dollar signs would be mathematics, a legend would leave out an underscore: the guilty layer is named in both panels."""
+    report = story_report(name=name, layers=layers)
+    figure = draw(report)
+    guilty = report.findings[0].layer
+    named = [text for axes in figure.axes for text in axes.texts if text.get_text().endswith(f"━━ {guilty}")]
+    assert len(named) == 2
+    save_png(report, tmp_path / "a.png")
 
 
 def test_a_report_without_steps():

@@ -38,10 +38,10 @@ _SIDES = (("output norm", "forward"), ("gradient norm", "backward"))
 def save_png(report: Report, path: Path) -> Path:
     """Draw a report into a PNG file, which appears whole or not at all."""
     buffer = io.BytesIO()
-    figure = draw(report)
-    FigureCanvasAgg(figure)
     with warnings.catch_warnings():  # of a glyph that the font lacks, at a crash, nobody wants to hear
         warnings.simplefilter("ignore")
+        figure = draw(report)
+        FigureCanvasAgg(figure)
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same report, the same bytes
     return write_whole(path, buffer.getvalue())
 
@@ -106,13 +106,12 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
     for line in sorted(shown, key=lambda line: line.guilty):
         values, bad = _series(line, side)
         drawn = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-        style = (
-            {"color": RED, "lw": 2.4, "zorder": 3, "label": _shorten(line.name)} if line.guilty else {"color": GREY, "lw": 1.0}
-        )
+        style = {"color": RED, "lw": 2.4, "zorder": 3} if line.guilty else {"color": GREY, "lw": 1.0}
         axes.plot(steps, drawn, marker="." if len(steps) < 40 else "", **style)
         if line.guilty:
             _mark_bad(axes, steps, bad)
             _mark_onset(axes, report, drawn, side)
+            _name_in_the_corner(axes, line.name)
         elif len(shown) <= MOST_NAMED:
             _name_at_the_end(axes, steps, drawn, line.name)
     axes.set_yscale("log")
@@ -120,10 +119,6 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_failure(axes, steps, failed_at)
-    if any(line.guilty for line in shown):
-        legend = axes.legend(loc="upper left", frameon=False, fontsize=11, labelcolor=RED)
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a layer may be called $\frac$
 
 
 def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
@@ -140,6 +135,12 @@ def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
     else:
         place = {"xy": (step, 0.02), "xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "rotation": 90}
         axes.annotate(f"onset ({printable(site)})", color=RED, fontsize=8, parse_math=False, **place)
+
+
+def _name_in_the_corner(axes: Any, name: str) -> None:
+    """The guilty layer's name; no legend, which leaves out names that begin with an underscore."""
+    place = {"xy": (0.02, 0.96), "xycoords": "axes fraction", "va": "top"}
+    axes.annotate(f"━━ {_shorten(name)}", color=RED, fontsize=11, parse_math=False, **place)  # a layer may be called $\frac$
 
 
 def _name_at_the_end(axes: Any, steps: NDArray[np.int64], drawn: Floats, name: str) -> None:
