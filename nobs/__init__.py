@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import triggers as triggers
+    from ._history import History as History
+    from ._history import Row as Row
     from ._instrument import instrument as instrument
     from ._instrument import uninstrument as uninstrument
     from ._load import load as load
     from ._ring import RingBuffer as RingBuffer
     from ._schema import Failure as Failure
     from ._schema import Finding as Finding
-    from ._schema import History as History
     from ._schema import Report as Report
-    from ._schema import Row as Row
     from .errors import NobsError as NobsError
     from .errors import NobsWarning as NobsWarning
     from .errors import TrainingFailure as TrainingFailure
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Failure": "_schema",
     "Finding": "_schema",
-    "History": "_schema",
+    "History": "_history",
     "NobsError": "errors",
     "NobsWarning": "errors",
     "Recorder": "recorder",
     "Report": "_schema",
     "RingBuffer": "_ring",
-    "Row": "_schema",
+    "Row": "_history",
     "TrainingFailure": "errors",
     "TriggerEngine": "triggers",
     "instrument": "_instrument",

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._columns import ABSMAX, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
+from ._history import History, Tap, bad_counts
 from ._names import places
-from ._schema import Failure, History, Tap, bad_counts
+from ._schema import Failure
 
 BAND = 3.0
 """A norm this many times its own median has left its band ..."""
@@ -47,11 +48,9 @@ class Case:
 
     @cached_property
     def end(self) -> int:
-        """The row of the failing step; the last one where no trigger failed."""
-        if self.failure is None:
-            return len(self.history) - 1
-        rows = np.flatnonzero(self.history.steps == self.failure.step)
-        return int(rows[-1]) if rows.size else len(self.history) - 1  # the last: a run may have gone back to a checkpoint
+        """The row of the failing step; the last one where no trigger failed, or it is not in the window."""
+        row = self.history.row_of(self.failure.step) if self.failure else None
+        return len(self.history) - 1 if row is None else row
 
     @cached_property
     def values(self) -> NDArray[np.float64]:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ._columns import COLUMNS, FIRST
-from ._schema import History, Layer, Report
+from ._history import History, Layer
+from ._schema import Report
 
 FORMAT = "nobs.report"
 VERSION = 1

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import _codec, _launch
+from ._history import History
+from ._names import safe_text
 from ._ring import RingBuffer
-from ._schema import Failure, History, Report, safe_text
+from ._schema import Failure, Report
 from .diagnosis import diagnose
 
 log = logging.getLogger("nobs")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,40 +12,20 @@ from torch import nn
 from . import _names, _taps
 from ._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from ._gradients import GradientWatch
+from ._history import Tap, TapTable
 from ._launch import disabled
+from ._layers import Named, Select, choose, named_modules
 from ._row import LiveRow, rows_of
-from ._schema import Tap, TapTable
 from .errors import (
     AlreadyInstrumented,
     BadSetting,
     NobsWarning,
     NothingToRecord,
     NotInstrumented,
-    UnknownLayer,
     explain,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
-Select: TypeAlias = "type[nn.Module] | str | Callable[[str, nn.Module], bool]"
-Named: TypeAlias = "dict[str, nn.Module]"
-
-LAYER_TYPES: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
-"""Recorded even without parameters of their own (a norm without affine, a parametrized Linear). Any module that owns
-parameters is recorded besides."""
 
 
 def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None, every: int = 1) -> Model:
@@ -80,9 +60,9 @@ def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None,
         )
     if disabled():
         return model
-    named = _named_modules(model)
+    named = named_modules(model)
     _refuse_second_time(named)
-    chosen = _choose(named, layers)
+    chosen = choose(named, layers)
     if not chosen:
         raise NothingToRecord(
             explain(
@@ -120,11 +100,6 @@ def uninstrument(model: Model) -> Model:
     for module in tapped:
         _taps.unbind(module)
     return model
-
-
-def _named_modules(model: nn.Module) -> Named:
-    """Modules by clean name, without compile wrappers. Of a wrapper and the wrapped, which share a name, the wrapped."""
-    return {_names.clean(name): m for name, m in model.named_modules() if not isinstance(m, torch._dynamo.OptimizedModule)}
 
 
 def _refuse_second_time(named: Named) -> None:
@@ -165,51 +140,6 @@ def _refuse_parametrized(tapped: list[nn.Module]) -> None:
                     "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, say",
                 )
             )
-
-
-def _choose(named: Named, layers: Select | Sequence[Select] | None) -> Named:
-    if layers is None:
-        return {name: module for name, module in named.items() if _by_default(module)}
-    wanted = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
-    chosen: set[str] = set()
-    for select in wanted:
-        found = {name for name, module in named.items() if _fits(select, name, module)}
-        if not found and not (callable(select) and not isinstance(select, type)):
-            raise _unknown(select, named)
-        chosen |= found
-    return {name: module for name, module in named.items() if name in chosen}
-
-
-def _fits(select: Select, name: str, module: nn.Module) -> bool:
-    if isinstance(select, type):
-        return isinstance(module, select)
-    if isinstance(select, str):
-        return bool(_names.matching(select, [name]))
-    return bool(select(name, module))
-
-
-def _by_default(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    return isinstance(module, LAYER_TYPES) or any(p is not None for p in module._parameters.values())
-
-
-def _unknown(select: Select, named: Named) -> UnknownLayer:
-    if isinstance(select, str):
-        there = "a name or pattern such as " + ", ".join(repr(name) for name in _names.nearest(select, named))
-        return UnknownLayer(
-            explain("nobs.instrument(layers=...)", f"{select!r}, which fits no layer", there, "layers=None for all layers")
-        )
-    kinds = sorted({type(module).__name__ for module in named.values()})
-    what = getattr(select, "__name__", repr(select))
-    return UnknownLayer(
-        explain(
-            "nobs.instrument(layers=...)",
-            f"{what}, of which there is no layer",
-            f"one of {', '.join(kinds)}",
-            "layers=None for all layers",
-        )
-    )
 
 
 def _attach(chosen: Named, every: int) -> None:

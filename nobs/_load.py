@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ._codec import FORMAT, SAVED, UPGRADES, VERSION, WORDS
 from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, OUTPUT, PARAMETER, Floats
-from ._schema import CAUSES, Failure, Finding, History, Report, Tap, TapTable
+from ._history import History, Tap, TapTable
+from ._schema import CAUSES, Failure, Finding, Report
 from .errors import UnreadableDump, explain
 
 MOST_BYTES = 1 << 30
@@ -154,7 +155,7 @@ def _history(data: dict[str, Any]) -> History:
     values = np.array(lines, dtype=np.float32).reshape(len(taps), len(steps), len(COLUMNS)).transpose(1, 0, 2)
     scalars = {_text(name): _floats(column, len(steps)) for name, column in data["scalars"].items()}
     given = {name: np.array([v is not None for v in column], dtype=np.bool_) for name, column in data["scalars"].items()}
-    batches = tuple(_text_or_none(batch) for batch in data.get("batches", []))
+    batches = tuple(_text_or_none(batch) for batch in _as_long(data.get("batches", []) or [None] * len(steps), len(steps)))
     return History(steps, TapTable(tuple(taps)), values, scalars, given, batches)
 
 
@@ -179,9 +180,13 @@ def _line(series: dict[str, Any], facts: dict[str, Any], order: int | None, step
 
 
 def _floats(column: list[Any], steps: int) -> NDArray[np.float64]:
+    return np.array([math.nan if v is None else _float(v) for v in _as_long(column, steps)], dtype=np.float64)
+
+
+def _as_long(column: list[Any], steps: int) -> list[Any]:
     if len(column) != steps:
         raise ValueError(f"{len(column)} entries for {steps} steps")
-    return np.array([math.nan if v is None else _float(v) for v in column], dtype=np.float64)
+    return column
 
 
 def _float(value: Any) -> float:

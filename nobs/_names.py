@@ -1,4 +1,4 @@
-"""Layer names: cleaned of wrappers, matched against patterns, put in order, made harmless for a terminal and a file name."""
+"""Layer names: cleaned of wrappers, matched against patterns, put in order; any text made harmless for a terminal or a file."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def printable(text: str) -> str:
     Layer names are the user's, dumps may be a stranger's: nothing in them may move the cursor or forge a line.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
+
+
+def safe_text(thing: object, limit: int = 200) -> str:
+    """`str(thing)`, shortened; a broken `__str__` must not break a crash report."""
+    try:
+        text = str(thing)
+    except Exception as error:
+        text = f"<unprintable {type(thing).__name__}: {type(error).__name__}>"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def file_name(text: str) -> str:

@@ -19,12 +19,12 @@ from torch._dynamo.utils import counters
 
 from . import _codec, _launch, _stats
 from ._columns import ABSMAX, NORM, OUTPUT_GRAD, PARAMETER_GRAD
+from ._history import History, Row, TapTable
 from ._link import link_for
-from ._row import FIRST_TAP_LINE, LiveRow, rows_of
-from ._schema import History, Report, Row, TapTable, safe_text
+from ._names import safe_text
+from ._row import FIRST_TAP_LINE, LOSS_SCALE, LiveRow, rows_of
+from ._schema import Report
 from .errors import BadLoss, BadSetting, NotInstrumented, explain
-
-LOSS_SCALE = "loss_scale"
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,16 @@ from torch.utils.dlpack import from_dlpack
 
 from . import _stats
 from ._columns import COLUMNS
-from ._schema import TapTable
+from ._history import TapTable
 from .errors import BadSetting, explain
 
 SCALAR_LINES = 2
 CLOCK_LINE = SCALAR_LINES
 FIRST_TAP_LINE = SCALAR_LINES + 1
 SCALARS = SCALAR_LINES * len(COLUMNS)
+
+LOSS_SCALE = "loss_scale"
+"""The scalar that divides the gradients of its step."""
 
 _REHOOK = 50
 """Every so many steps parameters that were replaced, or unfrozen while no other was trained, are looked for."""

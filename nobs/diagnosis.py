@@ -16,7 +16,8 @@ import numpy as np
 
 from ._case import Case, Event
 from ._columns import ABSMAX, ELEMENTS, FIRST, NAN, NEGINF, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, POSINF
-from ._schema import Failure, Finding, History, Tap
+from ._history import History, Tap
+from ._schema import Failure, Finding
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.4e38, "float64": 1.8e308}
 HEADROOM = 1e-3

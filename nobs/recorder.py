@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +19,12 @@ from torch import Tensor, nn
 
 from . import _dump, _launch, triggers
 from ._checkpoint import packed, unpacked
-from ._ring import LOSS_SCALE, RingBuffer, check_scalar
-from ._schema import Failure, History, Report, safe_text
+from ._history import History
+from ._names import safe_text
+from ._ring import RingBuffer, check_scalar
+from ._schema import Failure, Report
 from ._sigterm import SigtermWatch
+from ._update import UpdateWatch
 from .errors import BadSetting, NobsError, NobsWarning, TrainingFailure, explain
 
 log = logging.getLogger("nobs")
@@ -30,8 +32,6 @@ log.addHandler(logging.NullHandler())
 
 Result = TypeVar("Result")
 ON_FAILURE = ("raise", "warn", "stop")
-_MOST_RATES = 8
-"""Of more parameter groups than this, the learning rates of the first are recorded."""
 
 
 def _never_fatal(method: Callable[..., Result]) -> Callable[..., Result | None]:
@@ -109,13 +109,11 @@ class Recorder:
             raise BadSetting(explain("Recorder(directory=...)", repr(directory), "a path", 'directory="crashes"'))
         self._engine = _engine(triggers)
         self._ring = RingBuffer(model, capacity=capacity)
-        self._ring.row.before_update = weakref.WeakMethod(self._before_update)
-        self._optimizers = _as_list(optimizer)
-        self._scaler = scaler
+        self._update = UpdateWatch(self._ring.row, optimizer, scaler)
+        self._update.attach()
         self._run_directory = Path(directory) / _launch.run_name()
         self._on_failure = on_failure
         self._step = 0
-        self._lr: dict[str, float] | None = None
         self._mute_until = 0
         self._broken = False
         self._sigterm = SigtermWatch(self._dump_signal)
@@ -148,16 +146,13 @@ class Recorder:
         Without it the forward of the dropped batch would count for the next step.
         """
         self._ring.row.blank()
-        self._lr = None
+        self._update.forget()
 
     @_never_fatal
     def _close_step(self, loss: Tensor | float | None, batch: object, scalars: Mapping[str, Tensor | float]) -> None:
         if self._ring.row.broken is not None:
             raise self._ring.row.broken
-        if self._lr is None:  # no backward in this step
-            self._before_update()
-        self._ring.close_step(self._step, {"loss": loss, **(self._lr or {}), **scalars}, batch)
-        self._lr = None
+        self._ring.close_step(self._step, {"loss": loss, **self._update.take(), **scalars}, batch)
         self._step += 1
 
     def _judge(self) -> None:
@@ -176,25 +171,6 @@ class Recorder:
             if failure is not None:
                 return failure
         return None
-
-    def _before_update(self) -> None:
-        """At the end of backward: the learning rates and the loss scale that this step is about to use.
-
-        What lives on an accelerator is copied there, into the row: reading it would wait, and it changes in place.
-        """
-        self._lr = {}
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups if "lr" in group]
-        for i, group in enumerate(groups[:_MOST_RATES]):
-            self._note("lr" if i == 0 else f"lr.{i}", group["lr"], self._lr)
-        scale = getattr(self._scaler, "_scale", None)
-        if isinstance(scale, Tensor):
-            self._ring.row.write_scalar(LOSS_SCALE, scale)
-
-    def _note(self, name: str, rate: Tensor | float, on_host: dict[str, float]) -> None:
-        if isinstance(rate, Tensor) and rate.device.type != "cpu":
-            self._ring.row.write_scalar(name, rate)
-        else:
-            on_host[name] = float(rate)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -222,30 +198,23 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """The step number and what the triggers have learned, for a checkpoint. Loads with `weights_only=True`."""
-        names = [type(trigger).__name__ for trigger in self._engine.triggers]
-        return {"step": self._step, "triggers": list(zip(names, packed(self._engine.states), strict=True))}
+        return {"step": self._step, "triggers": packed(self._engine.state())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on at the step of a checkpoint, with what the triggers had learned.
 
         Raises:
-            BadSetting: the state is of other triggers.
+            BadSetting: the state is of other triggers, or of something else.
         """
         if not state:  # of a run with NOBS_DISABLE=1
             return
-        names = [type(trigger).__name__ for trigger in self._engine.triggers]
-        saved = [name for name, _ in state.get("triggers", ())]
-        if saved != names:
+        if not {"step", "triggers"} <= set(state):
+            what = f"a state with the keys {list(state)[:5]}"
             raise BadSetting(
-                explain(
-                    "recorder.load_state_dict(state)",
-                    f"a state of the triggers {saved}",
-                    f"one of {names}",
-                    "triggers=[...] as in the saved run",
-                )
+                explain("recorder.load_state_dict(state)", what, "what recorder.state_dict() gave", 'checkpoint["recorder"], say')
             )
+        self._engine.load_state(unpacked(state["triggers"]))
         self._step = int(state["step"])
-        self._engine.states = [unpacked(part) for _, part in state["triggers"]]
 
     # -- failing ---------------------------------------------------------------------------------------------------
 
@@ -275,7 +244,7 @@ class Recorder:
     # -- the with block --------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
-        self._ring.row.before_update = weakref.WeakMethod(self._before_update)
+        self._update.attach()
         self._sigterm.start()
         return self
 
@@ -300,7 +269,7 @@ class Recorder:
         """Dump what led to an exception, the half step that it ended included: its forward ran, and tells the most."""
         try:
             if float(self._ring.row.clock) > 0:  # waits for the device; the run is over
-                self._ring.close_step(self._step, self._lr or {})
+                self._ring.close_step(self._step, self._update.take())
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
         self.report = _dump.report_and_publish(
@@ -315,8 +284,7 @@ class Recorder:
         self.report = _dump.report_and_publish(self._ring, self._run_directory, "sigterm")
 
     def _close(self) -> None:
-        if self._ring.row.before_update == weakref.WeakMethod(self._before_update):
-            self._ring.row.before_update = None
+        self._update.detach()
         self._sigterm.stop()
 
 
@@ -348,15 +316,6 @@ class _Off(Recorder):
 
 def _engine(chosen: Sequence[triggers.Trigger] | None) -> triggers.TriggerEngine:
     return triggers.TriggerEngine.only(triggers.DEFAULT if chosen is None else chosen)
-
-
-def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
-    several = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for one in several:
-        if not hasattr(one, "param_groups"):
-            expected = "an optimizer with param_groups, or a list of such"
-            raise BadSetting(explain("Recorder(optimizer=...)", f"a {type(one).__name__}", expected, "optimizer=optimizer"))
-    return several
 
 
 def _is_clean_exit(error: BaseException) -> bool:

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from nobs._columns import KINDS
-from nobs._schema import Failure, Finding, History, Report, Tap, TapTable
+from nobs._history import History, Tap, TapTable
+from nobs._schema import Failure, Finding, Report
 
 
 def story_report(layers=6, steps=50, guilty=3, name="blocks.{}.attention.up"):

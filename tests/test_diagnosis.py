@@ -9,7 +9,8 @@ from nets import Images, Tokens, loss_of
 from torch import nn
 
 import nobs
-from nobs._schema import CAUSES, History
+from nobs._history import History
+from nobs._schema import CAUSES
 from nobs.diagnosis import diagnose
 
 AT = 20

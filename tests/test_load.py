@@ -14,8 +14,9 @@ from strategies import reports
 import nobs
 from nobs import _codec
 from nobs._columns import STATISTICS
+from nobs._history import History, Tap, TapTable
 from nobs._load import find, loads
-from nobs._schema import Failure, History, Report, Tap, TapTable
+from nobs._schema import Failure, Report
 from nobs.errors import UnreadableDump
 
 
@@ -98,6 +99,7 @@ HOSTILE = {
     "endless integer": _codec.dumps(example()).replace("[7, 8]", f"[{'9' * 10_000}, 8]").encode(),
     "newer": json.dumps({**GOOD, "format_version": 99, "nobs_version": "3.1.0"}).encode(),
     "no version": json.dumps({**GOOD, "format_version": True}).encode(),
+    "a batch too few": json.dumps({**GOOD, "batches": ["[0]"]}).encode(),
     "short series": json.dumps({**GOOD, "steps": [7]}).encode(),
     "a text for a number": json.dumps({**GOOD, "scalars": {"loss": ["0.5", 1]}}).encode(),
     "a missing key": json.dumps({k: v for k, v in GOOD.items() if k != "layers"}).encode(),

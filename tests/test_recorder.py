@@ -334,6 +334,8 @@ def test_resuming(model, tmp_path):
         nobs.Recorder(model, directory=tmp_path, triggers=[nobs.triggers.LossSpike()]) as other,
     ):
         other.load_state_dict(recorder.state_dict())
+    with pytest.raises(BadSetting, match=r"a state with the keys \['param_groups'\][\s\S]*recorder.state_dict"):
+        recorder.load_state_dict({"param_groups": []})
 
 
 def test_wrong_calls(model):

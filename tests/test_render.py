@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from samples import story_report
 from strategies import reports
 
-from nobs._schema import History
+from nobs._history import History
 from nobs.render import _story
 from nobs.render.figure import draw, save_png
 from nobs.render.terminal import print_report
@@ -98,6 +98,16 @@ def test_any_report_prints(report):
     """GIVEN any report that can be loaded, THEN it prints, and no control character gets through."""
     text = printed(report)
     assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_no_layer_is_guilty_of_what_the_loss_did():
+    """GIVEN a first finding about the loss itself and a second about a layer, THEN no arrow points at the second."""
+    report = story_report()
+    loss = replace(report.findings[0], layer=None, site="loss", confidence=0.8)
+    blames_loss = replace(report, findings=(loss, report.findings[0]))
+    assert "first wrong: the loss itself" in printed(blames_loss)
+    assert "▶" not in printed(blames_loss)
+    assert "▶" in printed(report)
 
 
 def test_many_layers_show_the_guilty_one_and_its_neighbours():

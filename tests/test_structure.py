@@ -17,10 +17,11 @@ PACKAGE = ROOT / "nobs"
 FLOORS = [
     {"errors"},
     {"_columns", "_names"},
+    {"_history"},
     {"_schema"},
-    {"_stats", "_codec", "_case", "_link", "_checkpoint", "_sigterm"},
+    {"_stats", "_layers", "_codec", "_case", "_link", "_checkpoint", "_sigterm"},
     {"_row", "_launch"},
-    {"_taps", "_gradients", "_ring", "triggers", "diagnosis", "render"},
+    {"_taps", "_gradients", "_update", "_ring", "triggers", "diagnosis", "render"},
     {"_instrument", "_load", "_dump"},
     {"recorder"},
     {"cli"},
@@ -31,6 +32,7 @@ FLOORS = [
 WITHOUT_TORCH = {
     "errors",
     "_columns",
+    "_history",
     "_schema",
     "_names",
     "_codec",
@@ -154,7 +156,7 @@ def test_files_are_short():
     """A file fits on a few screens; the recorder, the one class that owns time, may be longer."""
     for name, path in modules():
         lines = len(path.read_text().splitlines())
-        assert lines <= (370 if name == "recorder" else 300), (path.name, lines)
+        assert lines <= (330 if name == "recorder" else 265), (path.name, lines)
 
 
 def python_blocks():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import nobs
 from nobs._columns import COLUMNS, KINDS
-from nobs._schema import Failure, Row, Tap, TapTable
+from nobs._history import Row, Tap, TapTable
+from nobs._schema import Failure
 from nobs.errors import BadSetting
 from nobs.triggers import DEFAULT, GradientNorm, LossSpike, NonFinite
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats, read
+from .._history import bad_counts
 from .._names import printable
-from .._schema import Finding, Report, bad_counts
+from .._schema import Finding, Report
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,9 @@ class Line:
 
 
 def guilty_layer(report: Report) -> str | None:
-    """The layer that the diagnosis names, else the one that the trigger named."""
-    named = [finding.layer for finding in report.findings if finding.layer is not None]
-    if named:
-        return named[0]
+    """The layer that the first finding names (none, if it is the loss itself); without findings the trigger's."""
+    if report.findings:
+        return report.findings[0].layer
     return report.failure.layer if report.failure else None
 
 
@@ -66,8 +66,8 @@ def cause(finding: Finding) -> str:
 def batch(report: Report) -> str | None:
     """What the batch was called with which it began: of the first finding's step, else of the failing one."""
     steps = [finding.step for finding in report.findings[:1]] + [report.failure.step if report.failure else None]
-    rows = [i for step in steps for i, at in enumerate(report.history.steps) if at == step]
-    named = report.history.batches[rows[0]] if rows and len(report.history.batches) > rows[0] else None
+    row = next((row for step in steps if (row := report.history.row_of(step)) is not None), None)
+    named = None if row is None or not report.history.batches else report.history.batches[row]
     return None if named is None else printable(named)
 
 

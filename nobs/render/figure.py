@@ -124,14 +124,14 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
 def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
     """A dashed line where the first finding began, and a ring on the guilty curve where that is the site it names."""
     first = report.findings[0] if report.findings else None
-    at = np.flatnonzero(report.history.steps == first.step) if first and first.step is not None else np.empty(0, dtype=np.intp)
-    if first is None or not at.size:
+    row = report.history.row_of(first.step) if first else None
+    if first is None or row is None:
         return
-    step = report.history.steps[at[-1]]
+    step = report.history.steps[row]
     axes.axvline(step, color=RED, lw=0.8, ls="--")
     site = first.site or ""
     if site.endswith(".grad") if side == "backward" else site == "output":
-        axes.plot(step, drawn[at[-1]], "o", mec=RED, mfc="white", mew=2, ms=8, zorder=5)
+        axes.plot(step, drawn[row], "o", mec=RED, mfc="white", mew=2, ms=8, zorder=5)
     else:
         place = {"xy": (step, 0.02), "xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "rotation": 90}
         axes.annotate(f"onset ({printable(site)})", color=RED, fontsize=8, parse_math=False, **place)

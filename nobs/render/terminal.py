@@ -21,8 +21,8 @@ from rich.text import Text
 
 from .._codec import number
 from .._columns import Floats
-from .._names import printable
-from .._schema import Report, safe_text
+from .._names import printable, safe_text
+from .._schema import Report
 from . import _story
 
 MOST_LAYERS = 16

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .._schema import Failure, Row
+from .._history import Row
+from .._schema import Failure
 from ..errors import BadSetting, explain
 from .gradient_norm import GradientNorm
 from .loss_spike import LossSpike
@@ -66,6 +67,22 @@ class TriggerEngine:
             self.states[i], failure = answer
             first = first or failure
         return first
+
+    def state(self) -> list[tuple[str, Any]]:
+        """What the triggers have learned, each under the name of its class."""
+        return [(type(trigger).__name__, state) for trigger, state in zip(self.triggers, self.states, strict=True)]
+
+    def load_state(self, saved: Sequence[tuple[str, Any]]) -> None:
+        """Go on with what `state` gave.
+
+        Raises:
+            BadSetting: it is of other triggers.
+        """
+        names, there = [name for name, _ in saved], [name for name, _ in self.state()]
+        if names != there:
+            what, expected = f"a state of the triggers {names}", f"one of {there}"
+            raise BadSetting(explain("loading the state of triggers", what, expected, "triggers=[...] as in the saved run"))
+        self.states = [state for _, state in saved]
 
 
 DEFAULT = (NonFinite(), GradientNorm(100.0, factor=10.0), LossSpike())

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._columns import PARAMETER_GRAD
-from .._schema import Failure, Row
+from .._history import Row
+from .._schema import Failure
 from .shape import at_least_one, positive
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from .._schema import Failure, Row
+from .._history import Row
+from .._schema import Failure
 from .shape import at_least_one, positive
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .._columns import FIRST, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
+from .._history import Row, Tap, bad_counts
 from .._names import places
-from .._schema import Failure, Row, Tap, bad_counts
+from .._schema import Failure
 from .shape import at_least_one
 
 

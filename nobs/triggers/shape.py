@@ -6,7 +6,8 @@ import math
 from dataclasses import fields
 from typing import Any, Protocol
 
-from .._schema import Failure, Row
+from .._history import Row
+from .._schema import Failure
 from ..errors import BadSetting, explain
 
 

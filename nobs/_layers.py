@@ -1,0 +1,88 @@
+"""Which layers of a model are recorded: by default every one that owns parameters, and every norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from . import _names
+from .errors import UnknownLayer, explain
+
+Select: TypeAlias = "type[nn.Module] | str | Callable[[str, nn.Module], bool]"
+Named: TypeAlias = "dict[str, nn.Module]"
+
+LAYER_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+"""Recorded even without parameters of their own (a norm without affine, a parametrized Linear). Any module that owns
+parameters is recorded besides."""
+
+
+def named_modules(model: nn.Module) -> Named:
+    """Modules by clean name, without compile wrappers. Of a wrapper and the wrapped, which share a name, the wrapped."""
+    return {_names.clean(name): m for name, m in model.named_modules() if not isinstance(m, torch._dynamo.OptimizedModule)}
+
+
+def choose(named: Named, layers: Select | Sequence[Select] | None) -> Named:
+    """The layers that a user asked for, in the model's order.
+
+    Raises:
+        UnknownLayer: a pattern or type that fits none.
+    """
+    if layers is None:
+        return {name: module for name, module in named.items() if _by_default(module)}
+    wanted = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    chosen: set[str] = set()
+    for select in wanted:
+        found = {name for name, module in named.items() if _fits(select, name, module)}
+        if not found and not (callable(select) and not isinstance(select, type)):
+            raise _unknown(select, named)
+        chosen |= found
+    return {name: module for name, module in named.items() if name in chosen}
+
+
+def _fits(select: Select, name: str, module: nn.Module) -> bool:
+    if isinstance(select, type):
+        return isinstance(module, select)
+    if isinstance(select, str):
+        return bool(_names.matching(select, [name]))
+    return bool(select(name, module))
+
+
+def _by_default(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return isinstance(module, LAYER_TYPES) or any(p is not None for p in module._parameters.values())
+
+
+def _unknown(select: Select, named: Named) -> UnknownLayer:
+    if isinstance(select, str):
+        there = "a name or pattern such as " + ", ".join(repr(name) for name in _names.nearest(select, named))
+        return UnknownLayer(
+            explain("nobs.instrument(layers=...)", f"{select!r}, which fits no layer", there, "layers=None for all layers")
+        )
+    kinds = sorted({type(module).__name__ for module in named.values()})
+    what = getattr(select, "__name__", repr(select))
+    return UnknownLayer(
+        explain(
+            "nobs.instrument(layers=...)",
+            f"{what}, of which there is no layer",
+            f"one of {', '.join(kinds)}",
+            "layers=None for all layers",
+        )
+    )

@@ -1,0 +1,85 @@
+"""What an update is about to use, its learning rates and its loss scale, noted at the end of backward.
+
+Not in `recorder.step`: by then a scheduler may have moved the rate, and the scaler its scale.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._row import LOSS_SCALE, LiveRow
+from .errors import BadSetting, explain
+
+MOST_RATES = 8
+"""Of more parameter groups than this, the learning rates of the first are recorded."""
+
+
+class UpdateWatch:
+    """Notes the learning rates of some optimizers and the scale of a GradScaler, once a backward.
+
+    Args:
+        row: what lives on an accelerator is copied there, into this row: reading it would wait, and it changes in place.
+        optimizer: one, a list, or None.
+        scaler: a GradScaler, or None.
+
+    Raises:
+        BadSetting: an optimizer without param_groups.
+    """
+
+    def __init__(
+        self, row: LiveRow, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None, scaler: Any
+    ) -> None:
+        self._row = row
+        self._optimizers = _as_list(optimizer)
+        self._scaler = scaler
+        self._rates: dict[str, float] | None = None
+
+    def attach(self) -> None:
+        """Ask the row to be called at the end of each backward. Weakly: it must not keep an optimizer alive."""
+        self._row.before_update = weakref.WeakMethod(self.note)
+
+    def detach(self) -> None:
+        """Take that back, unless somebody else has asked since."""
+        if self._row.before_update == weakref.WeakMethod(self.note):
+            self._row.before_update = None
+
+    def note(self) -> None:
+        """Look at the rates and the scale now."""
+        self._rates = {}
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups if "lr" in group]
+        for i, group in enumerate(groups[:MOST_RATES]):
+            self._note_rate("lr" if i == 0 else f"lr.{i}", group["lr"], self._rates)
+        scale = getattr(self._scaler, "_scale", None)
+        if isinstance(scale, Tensor):
+            self._row.write_scalar(LOSS_SCALE, scale)
+
+    def _note_rate(self, name: str, rate: Tensor | float, on_host: dict[str, float]) -> None:
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":
+            self._row.write_scalar(name, rate)
+        else:
+            on_host[name] = float(rate)
+
+    def take(self) -> dict[str, float]:
+        """The rates that live on the host, as noted in the running step's last backward (now, if it had none); then forget."""
+        if self._rates is None:
+            self.note()
+        rates, self._rates = self._rates or {}, None
+        return rates
+
+    def forget(self) -> None:
+        """The running step is dropped."""
+        self._rates = None
+
+
+def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
+    several = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in several:
+        if not hasattr(one, "param_groups"):
+            expected = "an optimizer with param_groups, or a list of such"
+            raise BadSetting(explain("Recorder(optimizer=...)", f"a {type(one).__name__}", expected, "optimizer=optimizer"))
+    return several
