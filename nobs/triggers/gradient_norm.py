@@ -22,10 +22,12 @@ class GradientNorm:
         threshold: the norm.
         factor: if given, the norm must also be this many times the site's own baseline, so that a healthy run whose
             gradients are large sums lives. The baseline is a moving average of the logarithm that a failing norm does
-            not enter; a climb too slow for that is caught at `climb` times the lowest that it ever was.
+            not enter; a climb too slow for that is caught at `climb` times the lowest that it had over about `memory` steps.
+            What grows by that much in longer times is healthy: gradients behind a branch that starts at zero do.
         climb: with a factor, how far above its lowest baseline a norm may climb.
         warmup: with a factor, steps that only build the baseline.
         window: the baseline's length in steps.
+        memory: how long the lowest baseline is remembered, in steps.
     """
 
     threshold: float = 100.0
@@ -33,38 +35,45 @@ class GradientNorm:
     climb: float = 1000.0
     warmup: int = 2
     window: int = 20
+    memory: int = 200
 
     def __post_init__(self) -> None:
         positive(self, "threshold", "climb", *(["factor"] if self.factor is not None else []))
-        at_least_one(self, "warmup", "window")
+        at_least_one(self, "warmup", "window", "memory")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
         lines = row.table.of_kind[PARAMETER_GRAD]
         norms = np.abs(row.kind(PARAMETER_GRAD, "norm"))
+        norms = np.where(row.kind(PARAMETER_GRAD, "nonfinite") > 0, np.nan, norms)  # the finite rest is no gradient's norm
         if state is None or len(state["count"]) != len(lines):
             state = {"count": np.zeros(len(lines)), "log": np.zeros(len(lines)), "low": np.full(len(lines), np.inf)}
-        high = norms > self.threshold  # NaN compares false: where nothing was finite, NonFinite speaks
-        ratio = np.full(len(lines), np.inf)
+        high = norms > self.threshold  # NaN compares false: of what is not finite NonFinite speaks
+        known = state["count"] >= self.warmup
+        ratio = np.where(known, norms / np.exp(state["log"]), 0)
+        climbed = np.where(known, norms / np.exp(np.where(known, state["low"], 0)), 0)
         if self.factor is not None:
-            known = state["count"] >= self.warmup
-            ratio = np.where(known, norms / np.exp(state["log"]), 0)
-            high &= (ratio > self.factor) | (known & (norms > self.climb * np.exp(state["low"])))
+            high &= (ratio > self.factor) | (climbed > self.climb)
         state = self._learn(state, norms, ~high)
-        return state, self._failure(row, lines, norms, ratio, high) if high.any() else None
+        return state, self._failure(row, lines, norms, ratio, climbed, high) if high.any() else None
 
     def _learn(self, state: Any, norms: NDArray[np.floating[Any]], healthy: NDArray[np.bool_]) -> Any:
         learns = healthy & np.isfinite(norms) & (norms > 0)
         count = state["count"] + learns
         weight = np.maximum(1 / np.maximum(count, 1), 1 / self.window)
         log = state["log"] + np.where(learns, weight * (np.log(np.where(learns, norms, 1)) - state["log"]), 0)
-        return {"count": count, "log": log, "low": np.where(learns, np.minimum(state["low"], log), state["low"])}
+        low = np.where(count > 1, state["low"], log)
+        low = np.minimum(low + (log - low) / self.memory, log)
+        return {"count": count, "log": log, "low": np.where(learns, low, state["low"])}
 
-    def _failure(self, row: Row, lines: Any, norms: Any, ratio: Any, high: Any) -> Failure:
+    def _failure(self, row: Row, lines: Any, norms: Any, ratio: Any, climbed: Any, high: Any) -> Failure:
         """Of the sites above, the one furthest above its own baseline; without baselines, the largest."""
         worst = int(np.argmax(np.where(high, norms if self.factor is None else ratio, -np.inf)))
         tap = row.table.taps[lines[worst]]
         norm = float(norms[worst])
-        more = f", {ratio[worst]:.3g} times its baseline" if self.factor is not None else ""
+        more = ""
+        if self.factor is not None:
+            slow = not ratio[worst] > self.factor
+            more = f", {climbed[worst]:.3g} times its lowest" if slow else f", {ratio[worst]:.3g} times its baseline"
         others = f" ({int(high.sum()) - 1} more above)" if high.sum() > 1 else ""
         message = f"gradient norm {norm:.4g} of {tap.layer}.{tap.site.removesuffix('.grad')} at step {row.step}{more}{others}"
         return Failure("GradientNorm", row.step, message, tap.layer, tap.site, norm, self.threshold)

@@ -13,17 +13,19 @@ from .shape import at_least_one, positive
 
 
 class LossBaseline(NamedTuple):
-    """State of LossSpike.
+    """State of LossSpike, all in the loss's own unit but `ratio`.
 
-    `mean` and `spread` are the moving average and mean absolute deviation, `low` and `low_spread` the same as they were at the
-    lowest average, `peak` is the largest rise above the average lately, `first` the losses of the warm-up while it lasts.
+    `mean` and `spread` are the moving average and mean absolute deviation, `low` is the lowest average, `start` the median of
+    the first losses; `peak` is the largest healthy rise above the average lately, and `ratio` the same in averages; `first`
+    holds the losses of the warm-up while it lasts.
     """
 
     mean: float = 0.0
     spread: float = 0.0
     low: float = math.inf
-    low_spread: float = 0.0
+    start: float = 0.0
     peak: float = 0.0
+    ratio: float = 0.0
     first: tuple[float, ...] | None = ()
 
 
@@ -33,9 +35,15 @@ class LossSpike:
 
     A loss is a spike when it is above `factor` times its average, `spreads` mean absolute deviations above it, and `factor`
     times as far above it as any healthy loss lately: losses of small batches have heavy tails. At an average near zero or
-    below, where a factor says nothing, the deviations alone decide. A climb too slow for that is caught by the average
-    itself, against the lowest that it had over about `memory` steps. Non-finite losses are NonFinite's. After Lightning's
-    SpikeDetection and llm-foundry's KillLossSpike, without what disarms them: neither a spike nor a NaN enters the average.
+    below, where a factor says nothing, the deviations alone decide.
+
+    A climb too slow for that is caught by the average itself: it is above `factor` times the lowest that it had over about
+    `memory` steps, has lost at least half of what training had won since its start, and is further up than single losses
+    scatter. Losses that are nearly zero, restarts of the learning rate and adversarial losses wander without that. Where the
+    lowest average is zero or below, all that was won must be lost.
+
+    Non-finite losses are NonFinite's. After Lightning's SpikeDetection and llm-foundry's KillLossSpike, without what disarms
+    them: neither a spike nor a NaN enters the average.
 
     Args:
         factor: how many times the average.
@@ -56,51 +64,68 @@ class LossSpike:
         at_least_one(self, "warmup", "window", "memory")
 
     def update(self, state: LossBaseline | None, row: Row) -> tuple[LossBaseline | None, Failure | None]:
-        """Judge the row's loss, then learn from it unless it failed. Constant time and memory."""
+        """Judge the row's loss, then learn from it unless it is a spike. Constant time and memory."""
         loss = float(row.scalars.get("loss", math.nan))
         if not math.isfinite(loss):
             return state, None
+        loss = min(max(loss, -_LARGEST), _LARGEST)  # differences of float64's largest numbers are infinite
         state = LossBaseline() if state is None else LossBaseline(*state)  # a checkpoint may have made a list of it
         if state.first is not None:
             return self._warm_up((*state.first, loss)), None
-        failure = self._judge(state, loss, row.step)
-        return (state if failure else self._learn(state, loss)), failure
+        limit = self._spike_limit(state)
+        if loss > limit:
+            message = f"loss {loss:.4g} at step {row.step}, {_against(loss, state.mean)} (limit {limit:.4g})"
+            return state, Failure("LossSpike", row.step, message, value=loss, threshold=limit)
+        limit = self._climb_limit(state)
+        failure = None
+        if state.mean > limit and loss > limit:
+            message = f"loss climbed to {loss:.4g} by step {row.step}, {_against(state.mean, state.low, 'its lowest average')}"
+            failure = Failure("LossSpike", row.step, message, value=state.mean, threshold=limit)
+        return self._learn(state, loss), failure  # a climb is learned: the average must be able to come down again
 
     def _warm_up(self, first: tuple[float, ...]) -> LossBaseline:
         """The median: a spike among the first losses must not be what later ones are compared with."""
         if len(first) < self.warmup:
             return LossBaseline(first=first)
-        mean = median(first)
-        spread = median(abs(loss - mean) for loss in first)
-        return LossBaseline(mean, spread, mean, spread, 0.0, None)
+        mean, peak = median(first), sorted(first)[-2:][0]  # the second largest: the largest may be a spike
+        spread = median(abs(loss - mean) for loss in first) or 0.03 * abs(mean)  # equal losses say nothing of their scatter
+        return LossBaseline(mean, spread, mean, mean, peak - mean, self._ratio(peak - mean, mean), None)
 
-    def _limit(self, base: float, spread: float, spreads: float) -> float:
-        """Above this a loss is too far from `base`; infinite while a loss of zero throughout gives no scale."""
-        spread = max(spread, 0.003 * abs(base))
-        return max(base + spreads * spread, self.factor * base) if spread else math.inf
+    def _spike_limit(self, state: LossBaseline) -> float:
+        """Above this a loss is a spike; infinite while losses of zero throughout give no scale."""
+        spread = max(state.spread, 0.003 * abs(state.mean))
+        usual = max(state.mean + self.spreads * spread, self.factor * state.mean) if spread else math.inf
+        # A loss that has fallen since scatters less than it did, if not in proportion; one that is mostly zero does not.
+        dense = spread < abs(state.mean) / 2
+        peak = min(state.peak, math.sqrt(state.peak * state.ratio * abs(state.mean))) if dense else state.peak
+        return max(usual, state.mean + self.factor * peak)
 
-    def _judge(self, state: LossBaseline, loss: float, step: int) -> Failure | None:
-        limit = max(self._limit(state.mean, state.spread, self.spreads), state.mean + self.factor * state.peak)
-        if loss > limit:
-            message = f"loss {loss:.4g} at step {step}, {_against(loss, state.mean)} (limit {limit:.4g})"
-            return Failure("LossSpike", step, message, value=loss, threshold=limit)
-        limit = self._limit(state.low, state.low_spread, self.spreads / 2)  # averages scatter less than losses
-        if state.mean > limit and loss > state.low:
-            message = f"loss climbed to {loss:.4g} by step {step}, {_against(state.mean, state.low, 'its lowest average')}"
-            return Failure("LossSpike", step, message, value=state.mean, threshold=limit)
-        return None
+    def _climb_limit(self, state: LossBaseline) -> float:
+        """Above this an average has climbed."""
+        low, won = state.low, max(0.0, state.start - state.low)
+        scatter = self.factor * max(state.peak, state.spread, 0.01 * abs(low))
+        if low > 0:
+            return max(self.factor * low, low + won / 2, low + scatter / 2)
+        return low + won + 2 * scatter if scatter else math.inf
+
+    @staticmethod
+    def _ratio(rise: float, mean: float) -> float:
+        """A rise in averages; at most 1e9, also over an average of zero."""
+        return rise / max(abs(mean), 1e-9 * rise) if rise > 0 else 0.0
 
     def _learn(self, state: LossBaseline, loss: float) -> LossBaseline:
         rise = loss - state.mean
         mean = state.mean + rise / self.window
         spread = state.spread + (abs(rise) - state.spread) / self.window
-        peak = max(rise, state.peak * (1 - 1 / (50 * self.window)))
-        if mean <= state.low:
-            return LossBaseline(mean, spread, mean, spread, peak, None)
+        forget = 1 - 1 / (50 * self.window)
+        peak = max(rise, state.peak * forget)
+        ratio = max(self._ratio(rise, state.mean), state.ratio * forget)
         # The lowest average rises slowly, so that a run may settle on a higher loss.
-        low = state.low + (mean - state.low) / self.memory
-        low_spread = state.low_spread + (spread - state.low_spread) / self.memory
-        return LossBaseline(mean, spread, low, low_spread, peak, None)
+        low = mean if mean <= state.low else state.low + (mean - state.low) / self.memory
+        return LossBaseline(mean, spread, low, state.start, peak, ratio, None)
+
+
+_LARGEST = 1e150
 
 
 def _against(value: float, base: float, what: str = "its moving average") -> str:
