@@ -16,13 +16,17 @@ from numpy.typing import NDArray
 
 from ._columns import ABSMAX, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from ._history import History, Tap, bad_counts
-from ._names import places
+from ._names import parents, places
 from ._schema import Failure
 
 BAND = 3.0
 """A norm this many times its own median has left its band ..."""
 SPREADS = 5.0
 """... unless it scatters so much by itself: this many median absolute deviations of its logarithm."""
+ENOUGH = 3
+"""Readings in a window that tell a usual range."""
+DRIFT = 1.0
+"""So many powers of ten above its median a tap is no drift, however far out others are."""
 
 _PHASES = {PARAMETER: (0, 0, 1), OUTPUT: (1, 0, 1), OUTPUT_GRAD: (3, 0, -1), PARAMETER_GRAD: (3, 1, -1)}
 """kind -> (phase of the step, place within the phase, direction); phase 2 is the loss."""
@@ -68,10 +72,29 @@ class Case:
     def step(self, event: Event) -> int:
         return int(self.history.steps[event.row])
 
+    @cached_property
+    def entry(self) -> dict[str, float]:
+        """layer -> the place from which backward leaves it for good: just before the first of the layers inside it.
+
+        A layer's own parameters may be used before the layers inside it, and so have their gradient after all of them.
+        """
+        place = dict(self.place)
+        for name, at in self.place.items():
+            for parent in parents(name):
+                if parent in place:
+                    place[parent] = min(place[parent], at - 0.5 / (1 + len(parents(parent))))  # the outermost last
+        return place
+
     def event(self, row: int, line: int) -> Event:
         tap = self.history.table.taps[line]
         phase, kind, sign = _PHASES[tap.kind]
-        return Event(row, phase, sign * self.place[tap.layer], kind, line)
+        place = self.entry if tap.kind == PARAMETER_GRAD else self.place
+        return Event(row, phase, sign * place[tap.layer], kind, line)
+
+    def before(self, event: Event) -> int | None:
+        """The row of the tap's last reading before an event; None if there is none. With `every=` it is not the step before."""
+        ran = np.flatnonzero(np.isfinite(self.values[: event.row, event.line, FIRST]))
+        return int(ran[-1]) if ran.size else None
 
     @cached_property
     def bad(self) -> NDArray[np.bool_]:
@@ -93,15 +116,36 @@ class Case:
         return np.log10(np.where(np.isfinite(self.values[..., FIRST]) & (norm > 0), norm, np.nan))
 
     @cached_property
+    def readings(self) -> NDArray[np.intp]:
+        """The rows in which any tap ran; with `every=` not all of them."""
+        return np.flatnonzero(np.isfinite(self.values[..., FIRST]).any(axis=1))
+
+    @property
+    def judges_norms(self) -> bool:
+        """Whether there are enough readings to tell a usual range from a departure."""
+        return len(self.readings) >= ENOUGH
+
+    @cached_property
     def quiet(self) -> NDArray[np.float64]:
         """[taps]: the median of `logs` over the window's first half; NaN without one."""
         return _median(self.logs[: max(1, self.end // 2)])
 
     @cached_property
+    def held(self) -> NDArray[np.float64]:
+        """[T, taps]: `logs`, where a step without a reading (`every=`, a branch not taken) keeps the one before."""
+        rows = np.where(np.isnan(self.logs), 0, np.arange(len(self.logs))[:, None])
+        return np.take_along_axis(self.logs, np.maximum.accumulate(rows, axis=0), axis=0)
+
+    @cached_property
     def onset(self) -> NDArray[np.int64]:
-        """[taps]: the row at which a tap left its band for good; -1 for those that are inside it at the end."""
+        """[taps]: the row at which a tap left its band for good; -1 for those that are inside it at the end.
+
+        Where the failure threw one tap far out, another that had drifted before by a fraction of that had not begun it.
+        """
         scatter = _median(np.abs(self.logs[: max(1, self.end // 2)] - self.quiet))
-        outside = self.logs - self.quiet > np.maximum(math.log10(BAND), SPREADS * scatter)
+        excess = np.nan_to_num(self.held - self.quiet, nan=-np.inf)
+        band = np.nan_to_num(np.maximum(math.log10(BAND), SPREADS * scatter), nan=np.inf)
+        outside = excess > np.maximum(band, min(DRIFT, excess.max(initial=0) / 6))
         back = np.flip(~outside, axis=0).argmax(axis=0)  # how many rows since it was last inside
         back = np.where(outside.all(axis=0), len(outside), back)
         return np.where(back > 0, len(outside) - back, -1)
@@ -124,7 +168,7 @@ class Case:
 
     def times(self, line: int, row: int) -> str:
         """How far a tap is above its median, in words."""
-        return f"{10 ** float(self.logs[row, line] - self.quiet[line]):.3g} times"
+        return f"{10 ** float(self.held[row, line] - self.quiet[line]):.3g} times"
 
     def clean_before(self, event: Event, kind: str) -> list[Event]:
         """The clean taps of a kind that ran before an event in its step."""
@@ -134,9 +178,8 @@ class Case:
     def neighbour(self, event: Event) -> str:
         """The last clean tap of the same direction before an event, in words."""
         if event.phase == 0:
-            return (
-                f"it was finite at step {self.history.steps[event.row - 1]}" if event.row else "it was so from the first step on"
-            )
+            row = self.before(event)
+            return "it was so from the first step on" if row is None else f"it was finite at step {self.history.steps[row]}"
         before = self.clean_before(event, OUTPUT if event.phase == 1 else OUTPUT_GRAD)
         if not before:
             return "nothing before it was recorded clean"
@@ -150,9 +193,9 @@ class Case:
         return np.max(groups, axis=0) if groups else np.full(self.end + 1, np.nan)
 
     def sudden(self, event: Event) -> bool:
-        """Whether a tap jumped by more than 30 times from one step to the next."""
-        before = self.logs[event.row - 1, event.line] if event.row else np.nan
-        return bool(self.logs[event.row, event.line] - before > 1.5)
+        """Whether a tap jumped by more than 30 times from one reading to the next."""
+        row = self.before(event)
+        return row is not None and bool(self.logs[event.row, event.line] - self.logs[row, event.line] > 1.5)
 
 
 def _median(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,10 +10,13 @@ from fnmatch import fnmatchcase
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
 
+ROOT = "(model)"
+"""What the model itself is called."""
+
 
 def clean(name: str) -> str:
-    """The name without the parts that torch.compile, checkpoint wrappers and FSDP1 add; the root's name is `(model)`."""
-    return _WRAPPERS.sub("", name).strip(".") or "(model)"
+    """The name without the parts that torch.compile, checkpoint wrappers and FSDP1 add; the root is ROOT."""
+    return _WRAPPERS.sub("", name).strip(".") or ROOT
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -37,6 +40,12 @@ def places(known: Mapping[str, float], layers: Iterable[str]) -> dict[str, float
         return known.get(name, math.inf)
 
     return {layer: place(layer) for layer in layers}
+
+
+def parents(name: str) -> list[str]:
+    """The names of the layers that hold a layer, the innermost first, the root last."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)] + [ROOT] * (name != ROOT)
 
 
 def printable(text: str) -> str:

@@ -69,15 +69,16 @@ def _forward_cause(case: Case, event: Event, tap: Tap) -> tuple[str, str]:
     near = max(float(case.values[event.row, event.line, ABSMAX]), float(case.values[max(0, event.row - 1), event.line, ABSMAX]))
     if near > HEADROOM * largest and (dtype == "float16" or near > 1e30):
         return "overflow", f"; its largest finite value was {near:.3g} where {dtype} ends at {largest:.3g}"
-    if not case.clean_before(event, OUTPUT):
+    if not case.clean_before(event, OUTPUT) and not tap.layer_type.startswith("Embedding"):  # which takes integers
         return "nonfinite_input", "; it is the first layer to run and its weights are finite, so its input was not"
     return "nonfinite_forward", "; its own weights are finite"
 
 
 def _above(case: Case, event: Event) -> Event:
     """For a gradient that is dirty: the layer whose backward made it, the last one whose incoming gradient was clean."""
-    if case.tap(event).kind == PARAMETER_GRAD:  # the incoming gradient was clean, or it would have come first
-        return event
+    layer = case.tap(event).layer
+    if case.tap(event).kind == PARAMETER_GRAD and case.entry[layer] == case.place[layer]:
+        return event  # a layer without others inside: the gradient that came into it was clean, or it would have come first
     return max(case.clean_before(event, OUTPUT_GRAD), default=event)
 
 
@@ -138,7 +139,7 @@ def _confidence_in_rate(case: Case, rise: float) -> float | None:
 def _one_site(case: Case) -> bool:
     """The first tap to leave its band jumped, and it was a gradient or an inner output: no update does that."""
     first = case.leavers[0]
-    return first.phase > 0 and first.row > 0 and case.sudden(first)
+    return first.phase > 0 and case.sudden(first)
 
 
 def _one_batch(case: Case) -> bool:
@@ -148,7 +149,7 @@ def _one_batch(case: Case) -> bool:
     outputs = {case.tap(e).layer for e in at_once if case.tap(e).kind == OUTPUT}
     weights = any(case.tap(e).kind == PARAMETER for e in at_once)
     entry = min(case.place, key=lambda name: case.place[name])
-    return first.row > 0 and not weights and entry in outputs
+    return case.before(first) is not None and not weights and entry in outputs
 
 
 def bad_batch(case: Case) -> Finding | None:
@@ -167,15 +168,15 @@ def bad_batch(case: Case) -> Finding | None:
 def _jumped(case: Case) -> Event | None:
     """A parameter that changed in one step by more than its update can explain, before anything else left its band."""
     for event in case.leavers:
-        row, tap = event.row, case.tap(event)
-        if tap.kind != PARAMETER or row == 0 or row > case.leavers[0].row:
+        tap, row, last = case.tap(event), event.row, case.before(event)
+        if tap.kind != PARAMETER or last is None or row > case.leavers[0].row:
             continue
-        now, before = case.values[row, event.line], case.values[row - 1, event.line]
+        now, before = case.values[row, event.line], case.values[last, event.line]
         gradient = case.history.table.lines.get((tap.layer, f"{tap.site}.grad"))
-        slope = case.values[row - 1, gradient, NORM] if gradient is not None else 0.0
-        lr = case.rates[row - 1] if np.isfinite(case.rates[row - 1]) else 1.0
-        # SGD moves by lr x gradient, Adam by at most about lr x sqrt(elements).
-        if abs(now[NORM] - before[NORM]) > 10 * lr * max(slope, math.sqrt(now[ELEMENTS])):
+        slope = np.nan_to_num(case.values[last, gradient, NORM]) if gradient is not None else 0.0
+        lr = case.rates[last] if np.isfinite(case.rates[last]) else 1.0
+        # SGD moves by lr x gradient, Adam by at most about lr x sqrt(elements); with `every=` there were updates between.
+        if abs(now[NORM] - before[NORM]) > 10 * lr * max(slope, math.sqrt(now[ELEMENTS])) * (row - last):
             return event
     return None
 
@@ -185,11 +186,11 @@ def weight_jump(case: Case) -> Finding | None:
     event = _jumped(case)
     if event is None:
         return None
-    tap = case.tap(event)
-    before, after = (case.values[row, event.line, NORM] for row in (event.row - 1, event.row))
+    tap, last = case.tap(event), case.before(event)
+    before, after = (case.values[row, event.line, NORM] for row in (last, event.row))
     evidence = f"the norm of {tap.layer}.{tap.site} went from {before:.3g} to {after:.3g} at step {case.step(event)}"
     evidence += ", more than an update can do"
-    return _finding(case, "weight_corruption", event, 0.8, evidence)
+    return _finding(case, "weight_corruption", event, 0.9, evidence)  # surer than what NaN came of it
 
 
 def one_gradient(case: Case) -> Finding | None:
@@ -220,12 +221,13 @@ def one_output(case: Case) -> Finding | None:
 
 def spike(case: Case) -> Finding | None:
     """The loss alone rose: no layer shows why."""
-    if case.failure is None or case.failure.trigger != "LossSpike" or case.leavers or case.first_bad:
+    if case.failure is None or case.failure.trigger != "LossSpike" or case.leavers or case.first_bad or not case.judges_norms:
         return None
-    evidence = (
-        f"{case.failure.message}; no layer's norms left their usual range, so the labels or the batch are the first suspects"
-    )
-    return Finding("loss_spike", None, None, case.failure.step, 0.5, evidence, _ADVICE["loss_spike"])
+    last = int(case.history.steps[case.readings[-1]])
+    until = "" if last == case.failure.step else f" until step {last}, the last that was recorded"
+    evidence = f"{case.failure.message}; no layer's norms left their usual range{until}"
+    evidence += ", so the labels or the batch are the first suspects"
+    return Finding("loss_spike", None, None, case.failure.step, 0.5 if not until else 0.3, evidence, _ADVICE["loss_spike"])
 
 
 BORN = (born_nonfinite, loss_alone)
@@ -250,7 +252,8 @@ def diagnose(history: History, failure: Failure | None = None) -> tuple[Finding,
 
 def _nothing_decided(case: Case, failure: Failure) -> Finding:
     clean = "no NaN or Inf before the end" if case.first_bad is None else "the NaN came late"
-    out = f"{len(case.leavers)} sites out of their usual range" if case.leavers else "every norm as usual"
+    usual = "every norm as usual" if case.judges_norms else f"{len(case.readings)} recorded steps, too few to know a usual range"
+    out = f"{len(case.leavers)} sites out of their usual range" if case.leavers else usual
     return Finding(
         "unknown",
         failure.layer,

@@ -278,3 +278,98 @@ def test_a_step_number_that_comes_twice(tmp_path, capsys):
     first = recorder.report.findings[0]
     assert (first.cause, first.layer, first.step) == ("nonfinite_weight", "fc", 6)
     assert "it was finite at step 5" in first.evidence
+
+
+class Rooted(nn.Module):
+    """A parameter of the root and one of each block, used before the layers inside them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.gamma = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x + self.up(x * self.gamma).relu()
+
+    def __init__(self, bad):
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(8))
+        self.blocks = nn.Sequential(self.Block(), self.Block())
+        self.head = nn.Linear(8, 3)
+        self.get_submodule(bad).__class__ = PoisonedBackward
+
+    def forward(self, x):
+        return self.head(self.blocks(x + self.position))
+
+    def batch(self, n=8):
+        return torch.randn(n, 8), torch.randint(3, (n,))
+
+
+@pytest.mark.parametrize("bad", ["head", "blocks.1.up", "blocks.0.up"])
+def test_a_parameter_of_a_parent_takes_no_blame(bad, tmp_path):
+    """GIVEN a NaN made in the backward of a layer, THEN that layer is named, and not the root whose parameter is used first."""
+
+    def poison(step, model, optimizer, batch):
+        model.get_submodule(bad).poison = step == AT
+        return batch
+
+    first = failing_run(Rooted(bad), poison, tmp_path).findings[0]
+    assert (first.cause, first.layer, first.step) == ("nonfinite_backward", bad, AT)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_rate_that_grows_is_found_between_samples(every, tmp_path):
+    """With `every=` most steps have no norms: the diagnosis reads those that have, and says what it read."""
+
+    x = torch.randn(2000, 16)
+    labels = (x @ torch.randn(16, 4)).argmax(1)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer = torch.optim.SGD(nobs.instrument(model, every=every).parameters(), lr=0.05)
+    with nobs.Recorder(model, optimizer=optimizer, directory=tmp_path, on_failure="stop") as recorder:
+        for _ in range(200):
+            optimizer.param_groups[0]["lr"] *= 1.05
+            some = torch.randint(2000, (32,))
+            loss = nn.functional.cross_entropy(model(x[some]), labels[some])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+    assert recorder.report.findings[0].cause == "learning_rate"
+
+
+def test_nothing_is_said_of_norms_that_nobody_saw(tmp_path):
+    """A spike at the first recorded steps: there is no usual range, and nobody claims one."""
+    model = nobs.instrument(Bare(), every=50)
+    with nobs.Recorder(model, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(60):
+            model(model.batch()[0])
+            recorder.step(1.0 if step < 40 else 100.0)
+    first = recorder.report.findings[0]
+    assert first.cause == "unknown"
+    assert "1 recorded steps, too few to know a usual range" in first.evidence
+
+
+def test_a_drift_is_not_a_cause(tmp_path):
+    """A layer whose norms tripled in health stands beside a weight that jumped by 1e9: the jump is the cause."""
+    model = Bare()
+
+    def drift_then_jump(step, model, optimizer, batch):
+        model.conv1.weight.data *= 1.04
+        if step == 2 * AT:
+            model.fc.weight.data *= 1e9
+        return batch
+
+    first = failing_run(model, drift_then_jump, tmp_path, steps=60, lr=1e-3).findings[0]
+    assert (first.cause, first.layer, first.site, first.step) == ("weight_corruption", "fc", "weight", 2 * AT)
+
+
+def test_a_jump_that_ends_in_nan_at_once(tmp_path):
+    """A corrupted weight overflows what comes behind it in the same step; the weight is the cause."""
+
+    def corrupt(step, model, optimizer, batch):
+        if step == AT:
+            model.blocks[0].up.weight.data[0, 0] = 3e38
+        return batch
+
+    first = failing_run(Tokens(), corrupt, tmp_path).findings[0]
+    assert (first.cause, first.layer, first.site) == ("weight_corruption", "blocks.0.up", "weight")
