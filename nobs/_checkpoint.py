@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 def packed(state: Any) -> Any:
-    """NumPy arrays as tensors, which `torch.load(weights_only=True)` takes; anything else as it is."""
-    return _mapped(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
+    """NumPy arrays as tensors and its scalars as numbers, which `torch.load(weights_only=True)` takes; the rest as it is."""
+    arrays = _mapped(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
+    return _mapped(arrays, np.generic, lambda scalar: scalar.item())
 
 
 def unpacked(state: Any) -> Any:
@@ -25,6 +26,6 @@ def _mapped(state: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
         return convert(state)
     if isinstance(state, dict):
         return {key: _mapped(value, kind, convert) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [_mapped(value, kind, convert) for value in state]
+    if isinstance(state, (list, tuple)):  # a named tuple goes as a plain one
+        return (list if isinstance(state, list) else tuple)(_mapped(value, kind, convert) for value in state)
     return state

@@ -59,7 +59,12 @@ class GradientWatch:
         if parameter.requires_grad and parameter not in self._handles:
             self._taps[parameter] = tap
             register = parameter.register_post_accumulate_grad_hook
+            earlier = list((parameter._post_accumulate_grad_hooks or {}).items())
             self._handles[parameter] = register(self._arm)  # type: ignore[no-untyped-call]
+            hooks: Any = parameter._post_accumulate_grad_hooks
+            for key, hook in earlier:  # behind an optimizer in the backward the gradient is gone: to the front
+                del hooks[key]
+                hooks[key] = hook
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -99,6 +104,8 @@ class GradientWatch:
     def _read(self, task: int) -> None:
         """The callback at the end of a backward."""
         references = self._touched.pop(task, [])
+        if self._row.paused:  # this backward leads to no update of the recorded run
+            return
         before_update = self._row.before_update and self._row.before_update()
         if before_update is not None:
             self._guarded(before_update)

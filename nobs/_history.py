@@ -60,7 +60,7 @@ class TapTable:
         sites = [tap.site for tap in self.taps if tap.layer == layer]
         what = f"no site {site!r} in the layer {layer!r}" if sites else f"no layer {layer!r}"
         names = ", ".join(repr(name) for name in dict.fromkeys(tap.layer for tap in self.taps))
-        there = f"one of the sites {sites}" if sites else f"one of {names[:200]}" if names else "a layer (is NOBS_DISABLE set?)"
+        there = f"one of the sites {sites}" if sites else f"one of {names[:200]}"
         type_this = "history.layers lists them in execution order"
         raise UnknownLayer(explain(f"looking up [{layer!r}, {site!r}, ...]", what, there, type_this))
 
@@ -98,12 +98,19 @@ class Row:
 
     def __getitem__(self, key: tuple[str, str, str]) -> float:
         """`row["fc", "weight.grad", "norm"]`; NaN where the tap did not run."""
-        layer, site, statistic = key
+        layer, site, statistic = _three(key)
         return float(read(self.values[self.table.line(layer, site)], statistic))
 
     def kind(self, kind: str, statistic: str) -> Floats:
         """One statistic of all taps of a kind, float64 `[lines]`, in the order of `table.of_kind[kind]`."""
         return read(self.values[self.table.of_kind[kind]], statistic)
+
+
+def _three(key: object) -> tuple[str, str, str]:
+    if not isinstance(key, tuple) or len(key) != 3:
+        example = 'history["fc", "weight.grad", "norm"]'
+        raise UnknownLayer(explain(f"looking up {key!r}", "no three names", "a layer, a site and a statistic", example))
+    return key
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,9 @@ class History:
         Raises:
             UnknownLayer: no such layer, site or statistic.
         """
-        layer, site, statistic = key
+        layer, site, statistic = _three(key)
+        if not len(self.table):  # under NOBS_DISABLE=1, where a script must go on as it is
+            return np.empty(0)
         return read(self.values[:, self.table.line(layer, site)], statistic)
 
     def row_of(self, step: int | None) -> int | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -22,13 +23,14 @@ from .errors import (
     NobsWarning,
     NothingToRecord,
     NotInstrumented,
+    at_least_one,
     explain,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None, every: int = 1) -> Model:
+def instrument(model: Model, *, layers: Select | Iterable[Select] | None = None, every: int = 1) -> Model:
     """Put taps into a model, before `torch.compile`, and give the same object back.
 
     Afterwards each step leaves, on the device, eight float32 for every layer's output, the output's gradient, each
@@ -54,22 +56,20 @@ def instrument(model: Model, *, layers: Select | Sequence[Select] | None = None,
         raise BadSetting(
             explain("nobs.instrument(model)", f"a {type(model).__name__}", "a torch.nn.Module", "nobs.instrument(model)")
         )
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise BadSetting(
-            explain("nobs.instrument(..., every=...)", f"every={every!r}", "a whole number of at least 1", "every=1")
-        )
+    every = at_least_one("nobs.instrument(..., every=...)", "every", every, 1)
     if disabled():
         return model
     named = named_modules(model)
     _refuse_second_time(named)
     chosen = choose(named, layers)
     if not chosen:
+        none = ", none of which owns parameters" if layers is None else f", of which layers={layers!r} chooses none"
         raise NothingToRecord(
             explain(
                 f"nobs.instrument({type(model).__name__}(...))",
-                f"{len(named)} modules, none of which owns parameters",
+                f"{len(named)} modules{none}",
                 "at least one layer",
-                "layers=nn.ReLU, say, to record layers without parameters",
+                "layers=nn.ReLU, say, to record layers without parameters" if layers is None else "layers=None for all layers",
             )
         )
     _refuse_lazy(chosen)
@@ -86,10 +86,15 @@ def uninstrument(model: Model) -> Model:
     """
     if disabled():
         return model
-    rows = rows_of(model)
+    rows = rows_of(model) if isinstance(model, nn.Module) else []
     if not rows:
         raise NotInstrumented(
-            explain("nobs.uninstrument(model)", "a model without taps", "an instrumented model", "model = nobs.instrument(model)")
+            explain(
+                "nobs.uninstrument(model)",
+                f"a {type(model).__name__} without taps",
+                "an instrumented model",
+                "model = nobs.instrument(model)",
+            )
         )
     tapped = [module for module in model.modules() if "_nobs_row" in vars(module)]
     _refuse_parametrized(tapped)
@@ -212,10 +217,10 @@ def _device(chosen: Named) -> torch.device:
 
 def _warn_if_compiled(model: nn.Module) -> None:
     """Taps put in after the first compiled call are seen, at the price of compiling again; say so once."""
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules())
     innermost = getattr(model, "_orig_mod", model)
     code = getattr(type(innermost).forward, "__code__", None)
-    if compiled and code is not None and torch._dynamo.eval_frame._debug_get_cache_entry_list(code):
+    ran = code is not None and torch._dynamo.eval_frame._debug_get_cache_entry_list(code)  # of any model of this class
+    if ran and (_is_compiled(model) or any(_is_wrapper_of(model, holder) for holder in gc.get_referrers(model))):
         warnings.warn(
             explain(
                 "nobs.instrument(model)",
@@ -226,3 +231,12 @@ def _warn_if_compiled(model: nn.Module) -> None:
             NobsWarning,
             stacklevel=3,
         )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return isinstance(model, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in model.modules())
+
+
+def _is_wrapper_of(model: nn.Module, holder: object) -> bool:
+    """Whether `holder` is where a `torch.compile(model)` keeps its model."""
+    return isinstance(holder, dict) and holder.get("_orig_mod") is model

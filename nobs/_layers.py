@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from . import _names
-from .errors import UnknownLayer, explain
+from .errors import BadSetting, UnknownLayer, explain
 
 Select: TypeAlias = "type[nn.Module] | str | Callable[[str, nn.Module], bool]"
 Named: TypeAlias = "dict[str, nn.Module]"
@@ -38,15 +38,21 @@ def named_modules(model: nn.Module) -> Named:
     return {_names.clean(name): m for name, m in model.named_modules() if not isinstance(m, torch._dynamo.OptimizedModule)}
 
 
-def choose(named: Named, layers: Select | Sequence[Select] | None) -> Named:
+def choose(named: Named, layers: Select | Iterable[Select] | None) -> Named:
     """The layers that a user asked for, in the model's order.
 
     Raises:
         UnknownLayer: a pattern or type that fits none.
+        BadSetting: neither pattern nor type nor function.
     """
     if layers is None:
         return {name: module for name, module in named.items() if _by_default(module)}
-    wanted = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    wanted: list[Any] = [layers] if _is_select(layers) or not isinstance(layers, Iterable) else list(layers)
+    for select in wanted:
+        if not _is_select(select):
+            what = f"a {type(select).__name__}" if isinstance(select, nn.Module) else repr(select)
+            there = "a layer type, a glob pattern, a function (name, module) -> bool, or a list of such"
+            raise BadSetting(explain("nobs.instrument(layers=...)", what, there, 'layers=["blocks.*", torch.nn.Linear]'))
     chosen: set[str] = set()
     for select in wanted:
         found = {name for name, module in named.items() if _fits(select, name, module)}
@@ -54,6 +60,12 @@ def choose(named: Named, layers: Select | Sequence[Select] | None) -> Named:
             raise _unknown(select, named)
         chosen |= found
     return {name: module for name, module in named.items() if name in chosen}
+
+
+def _is_select(select: object) -> bool:
+    if isinstance(select, type):
+        return issubclass(select, nn.Module)
+    return isinstance(select, str) or (callable(select) and not isinstance(select, nn.Module))
 
 
 def _fits(select: Select, name: str, module: nn.Module) -> bool:

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -20,11 +22,11 @@ from torch._dynamo.utils import counters
 from . import _codec, _launch, _stats
 from ._columns import ABSMAX, NORM, OUTPUT_GRAD, PARAMETER_GRAD
 from ._history import History, Row, TapTable
-from ._link import link_for
+from ._link import Link, link_for
 from ._names import safe_text
 from ._row import FIRST_TAP_LINE, LOSS_SCALE, LiveRow, rows_of
 from ._schema import Report
-from .errors import BadLoss, BadSetting, NotInstrumented, explain
+from .errors import BadLoss, BadSetting, NotInstrumented, at_least_one, explain
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,25 @@ class RingBuffer:
     """
 
     def __init__(self, model: nn.Module, *, capacity: int = 100) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise BadSetting(
-                explain("capacity=...", f"capacity={capacity!r}", "a whole number of steps, at least 1", "capacity=100")
-            )
-        self.capacity = capacity
+        self.capacity = at_least_one("capacity=...", "capacity", capacity, 100)
         self._off = _launch.disabled()
         self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
-        self.row.owned_by(self)
         self.waits = 0
         self._device = self.row.values.device
-        self._link = link_for(self.row.values, capacity)
+        self._link = self._new_link()
+        self.row.owned_by(self)  # last: a ring that could not be made takes nothing from another
         self._records: deque[_Record] = deque(maxlen=capacity)
         self._overtaken: deque[Row] = deque(maxlen=capacity)
         self._added = 0
         self._drained = 0
         self._graphs_before = counters["stats"]["unique_graphs"]
+
+    def _new_link(self) -> Link:
+        try:
+            return link_for(self.row.values, self.capacity)
+        except (RuntimeError, TypeError, MemoryError) as error:
+            got = f"capacity={self.capacity}, which is {self.capacity * self.row.values.numel() * 4:.3g} bytes"
+            raise BadSetting(explain("making the ring", got, "a ring that fits into memory", "capacity=100")) from error
 
     def add(self, step: int, loss: Tensor | float | None, *, batch: object = None, **scalars: Tensor | float) -> None:
         """Close the running step: its row goes into the ring and on its way to the host, and the next step begins.
@@ -87,9 +92,7 @@ class RingBuffer:
         if self._off:
             return
         given = {"loss": loss, **scalars} if loss is not None else scalars
-        for name, value in given.items():
-            check_scalar(name, value)
-        self.close_step(step, given, batch)
+        self.close_step(step, {name: checked_scalar(name, value) for name, value in given.items()}, batch)
 
     def close_step(self, step: int, scalars: Mapping[str, Tensor | float | None], batch: object = None) -> None:
         """`add` with checked scalars in one mapping, so that they may have any name; those that are None are left out."""
@@ -118,14 +121,14 @@ class RingBuffer:
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 self.row.write_scalar(name, value)
             else:
-                on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
+                on_host[name] = value.detach().item() if isinstance(value, Tensor) else value
         return _Record(step, time.time(), on_host, dict(self.row.written_scalars), _named(batch))
 
     def _make_room(self) -> int:
         """The place of the next row. A row there that nobody has drained is kept for `drain`, up to `capacity` of them."""
         if self.row.values.device != self._device:  # the model has moved: memory begins anew on its new device
             self._device = self.row.values.device
-            self._link = link_for(self.row.values, self.capacity)
+            self._link = self._new_link()
             self._records.clear()
             self._drained = self._added
         if self._added - self._drained >= self.capacity:
@@ -203,24 +206,34 @@ def _named(batch: object) -> object:
     """What names a batch, as it is now: its text, or a copy of a tensor, whose text would wait for the device."""
     if batch is None or isinstance(batch, Tensor):
         return batch if batch is None else batch.detach().clone()
-    return safe_text(batch)
+    return safe_text(batch, 2000)
 
 
-def check_scalar(name: str, value: object) -> None:
-    """Refuse what is no single real number, without looking at its value."""
+def checked_scalar(name: str, value: Any) -> Tensor | float:
+    """A single real number as a float, or a tensor of one as it is, without looking at its value.
+
+    Raises:
+        BadLoss: it is something else.
+    """
     if isinstance(value, Tensor):
-        one, got = value.numel() == 1 and not value.is_complex(), f"a {value.dtype} tensor of shape {list(value.shape)}"
+        if value.numel() == 1 and not value.is_complex() and not value.is_meta:
+            return value
+        got = f"a {value.dtype} tensor of shape {list(value.shape)}" + (" on meta" if value.is_meta else "")
     else:
-        one, got = hasattr(value, "__float__") and getattr(value, "size", 1) == 1, f"a {type(value).__name__}"
-    if not one:
-        raise BadLoss(
-            explain(f"recording {name}", got, "one number: a Python number or a tensor with one element", f"{name}.mean(), say")
-        )
+        number = value.item() if isinstance(value, (np.ndarray, np.generic)) and value.size == 1 else value
+        try:
+            if hasattr(number, "__float__"):  # float("0.5") would take a text
+                return float(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        got = f"a {type(value).__name__}"
+    expected = "one number: a Python number or a tensor with one element"
+    raise BadLoss(explain(f"recording {name}", got, expected, f"{name}.mean(), say"))
 
 
 def _row_of(model: nn.Module) -> LiveRow:
     """The row of an instrumented model, found through whatever wraps it."""
-    rows = rows_of(model)
+    rows = rows_of(model) if isinstance(model, nn.Module) else []
     if len(rows) != 1:
         got = f"a {type(model).__name__} without taps" if not rows else f"a model with {len(rows)} parts instrumented apart"
         raise NotInstrumented(

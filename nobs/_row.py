@@ -106,6 +106,8 @@ class LiveRow:
         self.owner = weakref.ref(ring)
         self.steps = 0
         self.blank()
+        if self.rehook is not None:  # a checkpoint loaded by assignment has replaced the parameters
+            self.rehook()
         self._set_switch()
 
     def next_step(self) -> None:
@@ -132,13 +134,18 @@ class LiveRow:
         self._pauses += 1 if paused else -1
         self._set_switch()
 
+    @property
+    def paused(self) -> bool:
+        """Whether somebody has stopped the taps."""
+        return self._pauses > 0
+
     def give_up(self, error: Exception) -> None:
         """Record nothing any more: nobs itself failed, and the training goes on."""
         self.broken = error
         self._set_switch()
 
     def _set_switch(self) -> None:
-        self.recording = self._pauses <= 0 and self.broken is None and self.steps % self.every == 0
+        self.recording = not self.paused and self.broken is None and self.steps % self.every == 0
 
     def move(self, device: torch.device) -> None:
         """Follow the model to another device. What the running step recorded so far is lost."""

@@ -28,7 +28,7 @@ class UpdateWatch:
         scaler: a GradScaler, or None.
 
     Raises:
-        BadSetting: an optimizer without param_groups.
+        BadSetting: an optimizer without param_groups, or a scaler without a scale.
     """
 
     def __init__(
@@ -36,6 +36,11 @@ class UpdateWatch:
     ) -> None:
         self._row = row
         self._optimizers = _as_list(optimizer)
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            what = f"a {type(scaler).__name__}"
+            raise BadSetting(
+                explain("Recorder(scaler=...)", what, "a torch.amp.GradScaler", 'scaler=torch.amp.GradScaler("cuda")')
+            )
         self._scaler = scaler
         self._rates: dict[str, float] | None = None
 

@@ -18,7 +18,8 @@ expected, what to type.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import operator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._schema import Report
@@ -78,3 +79,18 @@ class TrainingFailure(NobsError, RuntimeError):
 def explain(did: str, got: str, expected: str, type_this: str) -> str:
     """Put the four parts of an error message together, one a line."""
     return f"{did}\n  got:      {got}\n  expected: {expected}\n  type:     {type_this}"
+
+
+def at_least_one(did: str, name: str, value: Any, default: int) -> int:
+    """A setting that is a whole number of at least 1, of Python or NumPy, as an int.
+
+    Raises:
+        BadSetting: it is something else.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise BadSetting(explain(did, f"{name}={value!r}", "a whole number of at least 1", f"{name}={default}"))
+    return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
@@ -12,7 +11,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from . import _dump, _launch, triggers
 from ._checkpoint import packed, unpacked
 from ._history import History
 from ._names import safe_text
-from ._ring import RingBuffer, check_scalar
+from ._ring import RingBuffer, checked_scalar
 from ._schema import Failure, Report
 from ._sigterm import SigtermWatch
 from ._update import UpdateWatch
@@ -83,9 +82,6 @@ class Recorder:
     report: Report | None
     """The report of the last failure."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Recorder:
-        return super().__new__(_Off if _launch.disabled() else cls)
-
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +111,8 @@ class Recorder:
         self._on_failure = on_failure
         self._step = 0
         self._mute_until = 0
-        self._broken = False
+        self._off = _launch.disabled()
+        self._broken = self._off
         self._sigterm = SigtermWatch(self._dump_signal)
         self.report = None
 
@@ -135,10 +132,10 @@ class Recorder:
 
         Cost: a few kernel launches and a few NumPy calls. Never waits for the device.
         """
-        for name, value in {"loss": loss, **scalars}.items():
-            check_scalar(name, value)
-        self._close_step(loss, batch, scalars)
-        self._judge()
+        if not self._broken:
+            given = {name: checked_scalar(name, value) for name, value in {"loss": loss, **scalars}.items()}
+            self._close_step(given, batch)
+            self._judge()
 
     def skip(self) -> None:
         """Forget what ran since the last step, for a batch that you drop: behind `if not loss.isfinite(): continue`, say.
@@ -149,10 +146,10 @@ class Recorder:
         self._update.forget()
 
     @_never_fatal
-    def _close_step(self, loss: Tensor | float | None, batch: object, scalars: Mapping[str, Tensor | float]) -> None:
+    def _close_step(self, given: Mapping[str, Tensor | float], batch: object) -> None:
         if self._ring.row.broken is not None:
             raise self._ring.row.broken
-        self._ring.close_step(self._step, {"loss": loss, **self._update.take(), **scalars}, batch)
+        self._ring.close_step(self._step, {"loss": given["loss"], **self._update.take(), **given}, batch)
         self._step += 1
 
     def _judge(self) -> None:
@@ -198,7 +195,7 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """The step number and what the triggers have learned, for a checkpoint. Loads with `weights_only=True`."""
-        return {"step": self._step, "triggers": packed(self._engine.state())}
+        return {} if self._off else {"step": self._step, "triggers": packed(self._engine.state())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on at the step of a checkpoint, with what the triggers had learned.
@@ -206,15 +203,16 @@ class Recorder:
         Raises:
             BadSetting: the state is of other triggers, or of something else.
         """
-        if not state:  # of a run with NOBS_DISABLE=1
+        if self._off or state == {}:  # this run, or the saved one, has NOBS_DISABLE=1
             return
-        if not {"step", "triggers"} <= set(state):
-            what = f"a state with the keys {list(state)[:5]}"
+        if not (isinstance(state, Mapping) and isinstance(state.get("step"), int) and isinstance(state.get("triggers"), list)):
+            what = f"a state with the keys {list(state)[:5]}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
             raise BadSetting(
                 explain("recorder.load_state_dict(state)", what, "what recorder.state_dict() gave", 'checkpoint["recorder"], say')
             )
         self._engine.load_state(unpacked(state["triggers"]))
-        self._step = int(state["step"])
+        self._step = state["step"]
+        self._mute_until = 0
 
     # -- failing ---------------------------------------------------------------------------------------------------
 
@@ -244,8 +242,9 @@ class Recorder:
     # -- the with block --------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
-        self._update.attach()
-        self._sigterm.start()
+        if not self._off:
+            self._update.attach()
+            self._sigterm.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -286,32 +285,6 @@ class Recorder:
     def _close(self) -> None:
         self._update.detach()
         self._sigterm.stop()
-
-
-_init = inspect.signature(Recorder.__init__)
-Recorder.__signature__ = _init.replace(parameters=list(_init.parameters.values())[1:])  # type: ignore[attr-defined]  # not __new__'s
-
-
-class _Off(Recorder):
-    """What `Recorder(...)` gives under NOBS_DISABLE=1: the same methods, doing nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._ring = RingBuffer(nn.Identity(), capacity=1)
-        self.report = None
-
-    def step(self, loss: Tensor | float, *, batch: object = None, **scalars: Tensor | float) -> None: ...
-    def flush(self) -> None: ...
-    def skip(self) -> None: ...
-    def dump(self, reason: str = "manual") -> Path | None: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def __exit__(self, *exception: object) -> Literal[False]:
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def __enter__(self) -> Recorder:
-        return self
 
 
 def _engine(chosen: Sequence[triggers.Trigger] | None) -> triggers.TriggerEngine:

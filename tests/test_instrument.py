@@ -136,7 +136,14 @@ def test_a_frozen_layer_that_is_thawed():
         ),
         (lambda: nobs.instrument(Images(), layers="conv3"), UnknownLayer, r"'conv3', which fits no layer[\s\S]*'conv2', 'conv1'"),
         (lambda: nobs.instrument(Images(), layers=nn.LSTM), UnknownLayer, r"LSTM, of which there is no layer[\s\S]*Conv2d"),
-        (lambda: nobs.instrument(Images(), layers=lambda n, m: False), NothingToRecord, "none"),
+        (lambda: nobs.instrument(Images(), layers=lambda n, m: False), NothingToRecord, r"of which layers=.* chooses none"),
+        (lambda: nobs.instrument(Images(), layers=[]), NothingToRecord, r"layers=\[\] chooses none"),
+        (lambda: nobs.instrument(Images(), layers=5), BadSetting, "got:      5"),
+        (lambda: nobs.instrument(Images(), layers=[None]), BadSetting, "got:      None"),
+        (lambda: nobs.instrument(Images(), layers=[int]), BadSetting, "class 'int'"),
+        (lambda: nobs.instrument(Images(), layers=[nn.Linear(1, 1)]), BadSetting, r"a Linear[\s\S]*a layer type, a glob"),
+        (lambda: nobs.uninstrument(5), NotInstrumented, "a int without taps"),
+        (lambda: nobs.RingBuffer(None), NotInstrumented, "a NoneType without taps"),
         (lambda: nobs.instrument(Images(), every=0), BadSetting, r"every=0[\s\S]*at least 1"),
         (lambda: nobs.instrument(Images(), every=1.5), BadSetting, "every=1.5"),
         (lambda: nobs.instrument("model"), BadSetting, r"a str[\s\S]*torch.nn.Module"),
@@ -158,13 +165,15 @@ def test_wrong_calls(call, error, says):
         assert part in str(caught.value)
 
 
-def test_after_the_first_compiled_call_it_warns(fresh_dynamo):
+@pytest.mark.parametrize("through_the_wrapper", [True, False])
+def test_after_the_first_compiled_call_it_warns(through_the_wrapper, fresh_dynamo):
     """Late taps work, and the user is told the price; before the first call there is nothing to warn of."""
     model = Tokens(depth=1)
     compiled = torch.compile(model, backend="eager")
     loss_of(compiled, model.batch())
+    nobs.instrument(Tokens(depth=1))  # another model of the class, which nobody has compiled
     with pytest.warns(nobs.NobsWarning, match="compiles again"):
-        nobs.instrument(compiled)
+        nobs.instrument(compiled if through_the_wrapper else model)
     ring = nobs.RingBuffer(compiled)
     loss_of(compiled, model.batch()).backward()
     ring.add(0, 0.0)
@@ -193,8 +202,17 @@ def test_disabled(monkeypatch):
         with recorder.paused():
             pass
         assert len(recorder.history()) == 0
+        assert len(recorder.history()["fc", "weight.grad", "norm"]) == 0
         assert recorder.dump() is None
         assert recorder.report is None
+    assert recorder.state_dict() == {}
+
+    class Mine(nobs.Recorder):
+        def __init__(self, model, extra):
+            super().__init__(model)
+            self.extra = extra
+
+    assert Mine(model, 3).extra == 3
 
 
 def test_a_layer_that_makes_another_of_its_own_type():
@@ -244,6 +262,11 @@ def test_parameters_that_are_replaced():
         loss_of(model, model.batch()).backward()
         ring.add(step, 0.0)
     assert ring.history()["fc", "weight.grad", "norm"][-1] > 0
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    ring = nobs.RingBuffer(model)  # a recorder made behind the load sees them at once
+    loss_of(model, model.batch()).backward()
+    ring.add(0, 0.0)
+    assert ring.history()["fc", "weight.grad", "norm"][0] > 0
 
 
 def test_a_forward_of_the_object_itself():

@@ -177,6 +177,8 @@ def test_history_look_ups():
         (("fd", "output", "norm"), "'fc'"),
         (("fc", "weight", "norm"), r"the sites \['output'\]"),
         (("fc", "output", "median"), "absmax"),
+        ("fc", "a layer, a site and a statistic"),
+        (("fc", "output"), "a layer, a site and a statistic"),
     ]:
         with pytest.raises(nobs.NobsError, match=says):
             history[key]

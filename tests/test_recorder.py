@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from nets import Images, loss_of
@@ -530,12 +531,106 @@ def test_pauses_nest(model, tmp_path):
         ({"optimizer": "sgd"}, "an optimizer with param_groups"),
         ({"directory": None}, "a path"),
         ({"capacity": True}, "capacity=True"),
+        ({"capacity": 2**70}, r"capacity=\d+, which is [\s\S]*fits into memory"),
+        ({"scaler": "x"}, r"a str[\s\S]*GradScaler"),
     ],
 )
 def test_wrong_settings(model, options, says):
     """Each refused at once, in words."""
     with pytest.raises(BadSetting, match=says):
         nobs.Recorder(model, **options)
+
+
+def test_a_ring_that_cannot_be_made_takes_nothing_away(model, tmp_path):
+    """The recorder that was there goes on."""
+    with nobs.Recorder(model, directory=tmp_path) as recorder:
+        run(recorder, model, 1)
+        with pytest.raises(BadSetting, match="fits into memory"):
+            nobs.RingBuffer(model, capacity=2**50)
+        run(recorder, model, 1)
+        assert len(recorder.history()) == 2
+
+
+def test_after_a_rollback_failures_count_again(model, tmp_path):
+    """GIVEN a user who goes back to a checkpoint after a failure, THEN the next failure raises too."""
+    failed = []
+    with nobs.Recorder(model, directory=tmp_path, capacity=50) as recorder:
+        run(recorder, model, 3)
+        checkpoint = recorder.state_dict()
+        for loss in (1.0, math.nan, 1.0, math.nan):
+            try:
+                run(recorder, model, 1, loss_at={0: loss})
+            except nobs.TrainingFailure as failure:
+                failed.append(failure.report.failure.step)
+                recorder.load_state_dict(checkpoint)
+    assert failed == [4, 4]
+
+
+def test_a_paused_backward_leaves_rate_and_scale_alone(model, tmp_path):
+    """A validation with gradients between the update and `step`: the step keeps the rate and scale that it used."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    norms = []
+    with nobs.Recorder(model, optimizer=optimizer, scaler=scaler, directory=tmp_path, triggers=[]) as recorder:
+        for _ in range(2):
+            loss = loss_of(model, model.batch())
+            scaler.scale(loss).backward()
+            norms.append(float(model.fc.weight.grad.norm()) / scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] /= 2
+            with recorder.paused():
+                loss_of(model, model.batch()).backward()
+            optimizer.zero_grad()
+            recorder.step(loss)
+        history = recorder.history()
+    assert history.scalars["lr"].tolist() == [1.0, 0.5]
+    assert history["fc", "weight.grad", "norm"] == pytest.approx(norms, rel=1e-5)
+
+
+def test_an_optimizer_in_the_backward_from_before(tmp_path):
+    """Hooks that step and clear each gradient, put in before nobs: the gradient is read first all the same."""
+    model = Images()
+    seen = []
+
+    def update(parameter):
+        if parameter is model.fc.weight:
+            seen.append((float(parameter.norm()), float(parameter.grad.norm())))
+        parameter.data -= 0.1 * parameter.grad
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    with nobs.Recorder(nobs.instrument(model), directory=tmp_path, triggers=[]) as recorder:
+        for _ in range(3):
+            loss = loss_of(model, model.batch())
+            loss.backward()
+            recorder.step(loss)
+        history = recorder.history()
+    read = np.stack([history["fc", site, "norm"] for site in ("weight", "weight.grad")], axis=1)
+    assert read == pytest.approx(np.array(seen), rel=1e-5)
+
+
+def test_states_of_any_documented_kind_survive_a_checkpoint(model, tmp_path):
+    """Tuples stay tuples, NumPy scalars become numbers, and the file loads with weights_only."""
+
+    class Mine:
+        def update(self, state, row):
+            seen = state[0] if state else ()
+            return ((*seen, row.step), np.float32(2.5), np.ones(2)), None
+
+    buffer = io.BytesIO()
+    for part in range(2):
+        with nobs.Recorder(model, directory=tmp_path, triggers=[Mine()]) as recorder:
+            if part:
+                recorder.load_state_dict(torch.load(buffer, weights_only=True))
+            run(recorder, model, 2)
+            buffer.seek(0)
+            torch.save(recorder.state_dict(), buffer)
+            buffer.seek(0)
+    assert recorder.state_dict()["step"] == 4
+    assert recorder._engine.states[0][0] == (0, 1, 2, 3)
 
 
 def test_an_interrupted_healthy_run_gets_no_diagnosis(model, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -163,14 +164,31 @@ def test_at_most_sixteen_device_scalars():
         row.write_scalar("more", torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("loss", [torch.ones(3), "0.5", None.__class__, [1.0], torch.tensor(1j), torch.ones(0)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.ones(3),
+        "0.5",
+        None.__class__,
+        float,
+        [1.0],
+        torch.tensor(1j),
+        torch.ones(0),
+        torch.ones((), device="meta"),
+        np.ones(2),
+        np.array("x"),
+        np.array("2020-01-01", dtype="datetime64"),
+        10**400,
+    ],
+)
 def test_a_loss_that_is_no_number(loss):
     """A wrong loss raises at once and says what it got."""
     ring = nobs.RingBuffer(nobs.instrument(nn.Linear(1, 1)))
     with pytest.raises(BadLoss, match=r"recording loss[\s\S]*loss.mean\(\)"):
         ring.add(0, loss)
-    ring.add(0, torch.tensor([[1.5]], requires_grad=True))
-    assert ring.history().scalars["loss"].tolist() == [1.5]
+    for step, number in enumerate((torch.tensor([[1.5]], requires_grad=True), np.array([[1.5]]), np.float32(1.5), 1.5)):
+        ring.add(step, number)
+    assert ring.history().scalars["loss"].tolist() == [1.5] * 4
 
 
 def test_what_ran_before_the_ring_is_not_its_first_step():

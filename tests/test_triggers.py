@@ -290,7 +290,7 @@ def test_the_engine_takes_a_users_trigger():
     assert engine.states[-1] == 5
 
 
-@pytest.mark.parametrize("value", [math.nan, 0, -1, math.inf, "3", None, True])
+@pytest.mark.parametrize("value", [math.nan, 0, -1, math.inf, "3", None, True, 10**400])
 def test_thresholds_that_make_no_sense(value):
     """NaN, zero, negative: refused at set-up, with an example."""
     for call in (
@@ -304,6 +304,9 @@ def test_thresholds_that_make_no_sense(value):
     for wrong, says in ((3, "an object with update"), (LossSpike, r"an instance of it[\s\S]*triggers=\[LossSpike\(\)\]")):
         with pytest.raises(BadSetting, match=says):
             nobs.TriggerEngine(triggers=[wrong])
+    with pytest.raises(BadSetting, match="a list of triggers"):
+        nobs.TriggerEngine(triggers=None)
+    assert LossSpike(np.float32(3)).factor == 3
     with pytest.raises(BadSetting, match="a whole number of steps"):
         LossSpike(window=2.5)
 

@@ -27,20 +27,21 @@ class TriggerEngine:
     """
 
     def __init__(self, grad_threshold: float = 100.0, spike_factor: float = 3.0, *, triggers: Iterable[Trigger] = ()) -> None:
-        self._setup((NonFinite(), GradientNorm(grad_threshold), LossSpike(spike_factor), *triggers))
+        self._setup(triggers, (NonFinite(), GradientNorm(grad_threshold), LossSpike(spike_factor)))
 
     @classmethod
     def only(cls, triggers: Iterable[Trigger]) -> TriggerEngine:
         """An engine with these triggers and no others."""
+        engine = cls.__new__(cls)
+        engine._setup(triggers)
+        return engine
+
+    def _setup(self, triggers: Iterable[Trigger], house: Sequence[Trigger] = ()) -> None:
         if not isinstance(triggers, Iterable):
             raise BadSetting(
                 explain("triggers=...", f"{triggers!r}", "a list of triggers", "triggers=[nobs.triggers.LossSpike()]")
             )
-        engine = cls.__new__(cls)
-        engine._setup(tuple(triggers))
-        return engine
-
-    def _setup(self, triggers: Sequence[Trigger]) -> None:
+        triggers = (*house, *triggers)
         for trigger in triggers:
             if isinstance(trigger, type):
                 what, instead = f"the class {trigger.__name__}", f"triggers=[{trigger.__name__}()]"
@@ -49,7 +50,7 @@ class TriggerEngine:
                 raise BadSetting(
                     explain("triggers=[...]", f"{trigger!r}", "an object with update(state, row)", "nobs.triggers.LossSpike()")
                 )
-        self.triggers = tuple(triggers)
+        self.triggers = triggers
         self.states: list[Any] = [None] * len(self.triggers)
 
     def check(self, row: Row) -> Failure | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from numbers import Real
 from typing import Any, Protocol
 
 from .._history import Row
@@ -21,7 +22,7 @@ def positive(trigger: object, *names: str) -> None:
     """Refuse settings that are NaN, infinite or not positive."""
     for name in names:
         value = getattr(trigger, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not _is_positive(value):
             default = next(f.default for f in fields(trigger) if f.name == name)  # type: ignore[arg-type]
             shown = 10.0 if default is None else default
             raise BadSetting(
@@ -29,6 +30,13 @@ def positive(trigger: object, *names: str) -> None:
                     f"{type(trigger).__name__}({name}=...)", f"{name}={value!r}", "a positive finite number", f"{name}={shown}"
                 )
             )
+
+
+def _is_positive(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    except OverflowError:  # an integer of thousands of digits
+        return False
 
 
 def at_least_one(trigger: object, *names: str) -> None:
