@@ -30,21 +30,24 @@ def load(path: str | Path) -> Report:
     """
     file = find(Path(path))
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise UnreadableDump(
-                explain(f"reading {file}", "more than 1 GiB", "a dump of nobs", "nobs show PATH, with another file")
-            )
-        content = file.read_bytes()
-    except OSError as error:
-        raise _no_file(file, str(error.strerror or error)) from None
+        size = file.stat().st_size
+        content = b"" if size > MOST_BYTES else file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _no_file(file, str(getattr(error, "strerror", None) or error)) from None
+    if size > MOST_BYTES:
+        raise _no_file(file, "more than 1 GiB")
     return loads(content, str(file))
 
 
 def find(path: Path) -> Path:
     """The dump that a path means: the file itself, or of a folder the newest below it, of which the lowest rank."""
-    if not path.is_dir():
-        return path
-    dumps = sorted([*path.rglob("rank*.json")] or path.glob("*.json"), key=lambda p: (p.stat().st_mtime, str(p)))
+    try:
+        if not path.is_dir():
+            return path
+        files = [*path.rglob("rank*.json")] or path.glob("*.json")
+        dumps = sorted((file for file in files if file.is_file()), key=lambda p: (p.stat().st_mtime, str(p)))
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be read, a NUL
+        raise _no_file(path, str(getattr(error, "strerror", None) or error)) from None
     if not dumps:
         raise _no_file(path, "a folder without dumps")
     newest = dumps[-1]
@@ -109,7 +112,7 @@ def _report(data: dict[str, Any]) -> Report:
         exception=_text_or_none(data.get("exception")),
         rank=_whole(data.get("rank", 0)),
         world_size=_whole(data.get("world_size", 1)),
-        run=dict(data.get("run", {})),
+        run={_text(name): _fact(value) for name, value in data.get("run", {}).items()},
     )
 
 
@@ -133,7 +136,7 @@ def _finding(data: dict[str, Any]) -> Finding:
         layer=_text_or_none(data.get("layer")),
         site=_text_or_none(data.get("site")),
         step=None if data.get("step") is None else _whole(data["step"]),
-        confidence=_float(data["confidence"]),
+        confidence=_share(data["confidence"]),
         evidence=_text(data["evidence"]),
         advice=_text(data["advice"]),
     )
@@ -176,7 +179,22 @@ def _line(series: dict[str, Any], facts: dict[str, Any], order: int | None, step
     code = DTYPES.index(facts["dtype"]) if facts["dtype"] in DTYPES else 0
     line[:, FIRST] = np.where(ran, (0 if order is None else _whole(order)) + 1 + code / 16, np.inf)
     line[~ran, :FIRST] = 0
+    with np.errstate(over="ignore"):
+        if (np.isinf(line.astype(np.float32)) & np.isfinite(line)).any():
+            raise ValueError("a number beyond float32")
     return line
+
+
+def _share(value: Any) -> float:
+    if not 0 <= _float(value) <= 1:
+        raise ValueError(f"{value!r} is not from 0 to 1")
+    return _float(value)
+
+
+def _fact(value: Any) -> object:
+    if not (value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError(f"{value!r} is no fact of a run")
+    return value
 
 
 def _floats(column: list[Any], steps: int) -> NDArray[np.float64]:

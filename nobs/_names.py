@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
@@ -63,6 +65,34 @@ def safe_text(thing: object, limit: int = 200) -> str:
     except Exception as error:
         text = f"<unprintable {type(thing).__name__}: {type(error).__name__}>"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal a text takes: two for wide characters, none for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def shortened(names: Sequence[str], width: int, ellipsis: str = "…") -> list[str]:
+    """The names in at most `width` columns, cut where it does not make two of them alike, if there is such a place.
+
+    From the middle, as a rule: both the block and the layer in it tell names apart. Else from the part all long ones share.
+    """
+    middle = [_cut(name, width, ellipsis) for name in names]
+    if len(set(middle)) == len(set(names)):
+        return middle
+    shared = len(os.path.commonprefix([name for name in names if cells(name) > width]))  # noqa: RUF071  # by character
+    return [ellipsis + _cut(name[shared:], width - 1, ellipsis) if cells(name) > width else name for name in names]
+
+
+def _cut(name: str, width: int, ellipsis: str) -> str:
+    if cells(name) <= width:
+        return name
+    head, tail = 0, len(name)
+    while cells(name[: head + 1]) <= (width - 1) // 2:
+        head += 1
+    while cells(name[tail - 1 :]) <= width - 1 - cells(name[:head]):
+        tail -= 1
+    return name[:head] + ellipsis + name[tail:]
 
 
 def file_name(text: str) -> str:

@@ -6,6 +6,7 @@ Exit codes: 0 fine, 2 wrong usage or a file that cannot be read.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,23 +20,46 @@ from .errors import NobsError
 _EXAMPLES = """examples:
   nobs show crashes                        the newest dump below ./crashes
   nobs show DUMP --json | jq .failure      for another program
-  nobs plot DUMP -o crash.png"""
+  nobs plot DUMP -o crash.png
+
+exit codes: 0 fine, 2 wrong usage or a file that cannot be read or written"""
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    options = _parser().parse_args(argv)
-    command: Command = options.command
+    _prepare_stdout()
     try:
-        return command(options)
+        try:
+            options = _parser().parse_args(argv)
+            command: Command = options.command
+            return command(options)
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong can still be said
     except NobsError as error:
         print(f"nobs: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `nobs show dump | head`; keep the interpreter from complaining about stdout at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `nobs show dump | head` has seen enough
+        _silence_stdout()
         return 0
+    except OSError as error:
+        _silence_stdout()
+        print(f"nobs: cannot write to stdout: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _prepare_stdout() -> None:
+    """A stdout that takes any layer name, also where it is closed or knows ASCII only."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _silence_stdout() -> None:
+    """Nothing more goes to stdout, so that the interpreter does not complain about it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -47,7 +71,6 @@ def _show(options: argparse.Namespace) -> int:
     from .render.terminal import print_report  # rich is not needed for --json
 
     print_report(report, find(options.path))
-    sys.stdout.flush()
     return 0
 
 
@@ -55,12 +78,15 @@ def _plot(options: argparse.Namespace) -> int:
     """Draw a dump as PNG."""
     report = load(options.path)
     out = options.output or find(options.path).with_suffix(".png")
-    if out.exists() and not options.force:
-        print(f"nobs: {out} exists; add --force to write over it, or -o FILE for another name", file=sys.stderr)
+    if out.suffix.lower() != ".png":
+        print(f"nobs: {out}: pictures are PNG files; type -o {out.name or 'crash'}.png", file=sys.stderr)
         return 2
     from .render.figure import save_png  # matplotlib takes a second
 
     try:
+        if options.output and out.exists() and not options.force:
+            print(f"nobs: {out} exists; add --force to write over it, or -o FILE for another name", file=sys.stderr)
+            return 2
         save_png(report, out)
     except OSError as error:
         print(f"nobs: cannot write {out}: {error.strerror or error}", file=sys.stderr)

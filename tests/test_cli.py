@@ -1,8 +1,10 @@
 """`nobs show` and `nobs plot`: stdout carries the answer, stderr the rest, and the exit code says which."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from samples import story_report
@@ -31,22 +33,29 @@ def test_show_json(dump, capsys):
 
 
 def test_plot(dump, tmp_path, capsys):
-    """A PNG beside the dump or where -o says; an existing file only with --force."""
-    assert cli.main(["plot", str(dump)]) == 0
-    assert capsys.readouterr().out.strip() == str(dump.with_suffix(".png"))
-    assert cli.main(["plot", str(dump)]) == 2
-    assert "add --force" in capsys.readouterr().err
-    assert cli.main(["plot", str(dump), "-f"]) == 0
+    """A PNG beside the dump, drawn anew, or where -o says; there an existing file only with --force."""
+    for _ in range(2):
+        assert cli.main(["plot", str(dump)]) == 0
+        assert capsys.readouterr().out.strip() == str(dump.with_suffix(".png"))
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.png")]) == 2
+    assert "add --force" in capsys.readouterr().err
+    assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.png"), "-f"]) == 0
+    assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.svg")]) == 2
+    assert "type -o x.svg.png" in capsys.readouterr().err
+    assert cli.main(["plot", str(dump), "-o", ".", "-f"]) == 2
+    assert cli.main(["plot", str(dump), "-o", "a" * 300 + ".png"]) == 2
+    assert "cannot write" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "file" / "x.png")]) == 2
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_unreadable(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["nothing", "a" * 300, "a\0b"])
+def test_unreadable(name, tmp_path, capsys):
     """Exit code 2, an explanation on stderr, nothing on stdout."""
-    assert cli.main(["show", str(tmp_path / "nothing")]) == 2
+    assert cli.main(["show", f"{tmp_path}/{name}"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "type:" in err
@@ -61,9 +70,44 @@ def test_wrong_usage(arguments, capsys):
     assert "usage: nobs" in capsys.readouterr().err
 
 
-def test_as_a_module_into_a_closed_pipe(dump):
-    """`python -m nobs show dump | head -1` ends without a traceback."""
-    command = f"{sys.executable} -m nobs show --json {dump} | head -c 10"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.startswith('{"format"')
-    assert done.stderr == ""
+def test_a_folder_with_a_dangling_link(dump, capsys):
+    """What is no file is no dump."""
+    dump.with_name("rank00001.json").symlink_to(dump.parent / "gone")
+    assert cli.main(["show", str(dump.parent)]) == 0
+
+
+def shell(command, dump):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        f"set -o pipefail; nobs() {{ {sys.executable} -m nobs $*; }}; {command}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**environment, "DUMP": str(dump)},
+    )
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("nobs show --json $DUMP | head -c 10", 0, ""),
+        ("nobs show --json $DUMP | true", 0, ""),
+        ("nobs --help | true", 0, ""),
+        ("nobs show $DUMP > /dev/full", 2, "cannot write to stdout: No space left"),
+        ("nobs show --json $DUMP > /dev/full", 2, "cannot write to stdout: No space left"),
+        ("nobs show $DUMP >&-", 0, ""),
+        ("PYTHONIOENCODING=ascii nobs show $DUMP", 0, ""),
+    ],
+)
+def test_an_unhelpful_stdout(command, code, says, tmp_path):
+    """A closed pipe, a full disk, no stdout at all, ASCII only: an exit code, at most one line, never a traceback."""
+    dump = _codec.save(story_report(name="名.{}"), tmp_path / "rank00000.json")
+    done = shell(command, dump)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (says in done.stderr) if says else done.stderr == ""

@@ -99,6 +99,11 @@ HOSTILE = {
     "endless integer": _codec.dumps(example()).replace("[7, 8]", f"[{'9' * 10_000}, 8]").encode(),
     "newer": json.dumps({**GOOD, "format_version": 99, "nobs_version": "3.1.0"}).encode(),
     "no version": json.dumps({**GOOD, "format_version": True}).encode(),
+    "a run of infinity": json.dumps({**GOOD, "run": {"x": 3}}).replace('"x": 3', '"x": 1e999').encode(),
+    "sure by infinity": json.dumps(
+        {**GOOD, "findings": [{"cause": "unknown", "confidence": "Infinity", "evidence": "", "advice": ""}]}
+    ).encode(),
+    "beyond float32": json.dumps(GOOD).replace('"norm": [', '"norm": [1e300, ').replace("1e300, 1.5", "1e300").encode(),
     "a batch too few": json.dumps({**GOOD, "batches": ["[0]"]}).encode(),
     "short series": json.dumps({**GOOD, "steps": [7]}).encode(),
     "a text for a number": json.dumps({**GOOD, "scalars": {"loss": ["0.5", 1]}}).encode(),

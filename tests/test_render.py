@@ -15,6 +15,7 @@ from samples import story_report
 from strategies import reports
 
 from nobs._history import History
+from nobs._names import cells
 from nobs.render import _story
 from nobs.render.figure import draw, save_png
 from nobs.render.terminal import print_report
@@ -159,3 +160,61 @@ def test_a_report_without_steps():
     report = story_report()
     empty = History(report.history.steps[:0], report.history.table, report.history.values[:0])
     assert "dump on request" in printed(replace(report, history=empty, failure=None, findings=(), reason="manual"))
+
+
+@pytest.mark.parametrize("layers", [4, 20])
+def test_nothing_but_nan(layers, tmp_path):
+    """A run that was NaN from its first step has a picture too."""
+    report = story_report(layers=layers, steps=1, guilty=0)
+    history = report.history
+    values = history.values.copy()
+    values[..., 0], values[..., 2] = np.nan, 8
+    broken = replace(report, history=replace(history, values=values))
+    at_first = replace(report.findings[0], step=int(history.steps[0]))
+    save_png(replace(broken, findings=(at_first,)), tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["模型.编码器.第{}层.注意力.查询键值投影.线性变换", "block_with_a_long_common_prefix_{}_and_a_long_common_suffix_here"],
+)
+@pytest.mark.parametrize("width", [80, 120])
+def test_long_names_are_told_apart(name, width):
+    """Sixteen layers, sixteen different rows, none wider than the terminal."""
+    lines = printed(story_report(layers=16, name=name), width).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("  layer "))
+    rows = [line[2:].split()[0] for line in lines[start + 1 : start + 17]]
+    assert len(set(rows)) == 16
+    assert all(cells(line) <= width for line in lines)
+
+
+def test_no_width_at_all():
+    """COLUMNS=0 means that nobody knows."""
+    assert "loss is NaN at step 349" in printed(story_report(), 0)
+
+
+def test_scalars_that_have_no_room():
+    """Eight rows; the user's own before the learning rates of further groups, and the rest counted."""
+    report = story_report()
+    history, t = report.history, np.arange(50.0)
+    rates = {f"lr.{i}": t for i in range(1, 9)}
+    scalars = {**history.scalars, **rates, "accuracy": t}
+    given = dict.fromkeys(scalars, np.ones(50, dtype=bool))
+    text = printed(replace(report, history=replace(history, scalars=scalars, given=given)))
+    assert "accuracy" in text
+    assert "3 more in the dump" in text
+
+
+def test_names_at_the_ends_do_not_overlap():
+    """Lines that end at the same height have their names above each other, right of the frame."""
+    report = story_report(layers=6)
+    values = report.history.values.copy()
+    values[:, :, 0] = 5.0
+    figure = draw(replace(report, history=replace(report.history, values=values)))
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("norm")]
+    assert len(panels) == 2
+    for axes in panels:
+        heights = sorted(text.xy[1] for text in axes.texts if text.xy[0] == 1.01)
+        assert len(heights) == 5
+        assert min(np.diff(heights)) > 0.05
+        assert heights[-1] <= 1

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats, read
 from .._history import bad_counts
-from .._names import printable
+from .._names import printable, safe_text, shortened
 from .._schema import Finding, Report
 
 
@@ -39,12 +39,13 @@ def headline(report: Report) -> str:
     if report.failure:
         return printable(report.failure.message)
     if report.exception:
-        return printable(report.exception.splitlines()[0])
+        said = [line.strip() for line in report.exception.splitlines()]  # of nobs' own errors all four parts
+        return printable(safe_text("; ".join(filter(None, said[:4])), 400))
     return _REASONS.get(report.reason, f"dump on request ({printable(report.reason)})")
 
 
-def origin(report: Report) -> str | None:
-    """What went wrong first and when, in a few words; None where no finding says so."""
+def origin(report: Report, width: int = 1000) -> str | None:
+    """What went wrong first and when, in a few words, the name in `width` columns; None where no finding says so."""
     if not report.findings:
         return None
     first = report.findings[0]
@@ -52,7 +53,8 @@ def origin(report: Report) -> str | None:
     if first.layer is None:
         return f"the loss itself{at}" if first.site == "loss" else None
     kind = next((layer.type for layer in report.layers if layer.name == first.layer), "")
-    return f"{printable(first.layer)} ({printable(kind)}), {printable(first.site or '')}{at}"
+    name = shortened([printable(first.layer)], width)[0]
+    return f"{name} ({printable(kind)}), {printable(first.site or '')}{at}"
 
 
 def cause(finding: Finding) -> str:
@@ -68,7 +70,7 @@ def batch(report: Report) -> str | None:
     steps = [finding.step for finding in report.findings[:1]] + [report.failure.step if report.failure else None]
     row = next((row for step in steps if (row := report.history.row_of(step)) is not None), None)
     named = None if row is None or not report.history.batches else report.history.batches[row]
-    return None if named is None else printable(named)
+    return None if named is None else safe_text(printable(named))  # the dump has all of it
 
 
 def lines(report: Report) -> list[Line]:

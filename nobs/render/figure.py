@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .._codec import write_whole
 from .._columns import Floats
-from .._names import printable
+from .._names import printable, shortened
 from .._schema import Report
 from . import _story
 
@@ -29,6 +29,9 @@ MOST_LINES = 12
 
 MOST_NAMED = 6
 """With at most this many, each line is named at its end."""
+
+_NAME_HEIGHT = 0.055
+"""Of a panel, what a name at the end of a line takes."""
 
 RED, GREY, BLUE = "#c8102e", "#b4b4b4", "#1f4e79"
 _HEAT = "RdBu_r"
@@ -73,7 +76,7 @@ def draw(report: Report) -> Figure:
 def _title(report: Report) -> str:
     lines = textwrap.wrap(_story.headline(report), 100, max_lines=2)
     if report.findings:
-        first, origin = report.findings[0], _story.origin(report)
+        first, origin = report.findings[0], _story.origin(report, 60)
         since = f": {origin}" if origin else ""
         lines += textwrap.wrap(f"{first.cause}{since} ({first.confidence:.0%} sure)", 100, max_lines=2)
     return "\n".join(lines)
@@ -89,6 +92,7 @@ def _loss(axes: Any, report: Report, failed_at: int | None) -> None:
         axes.set_yscale("log")
     _mark_bad(axes, steps, history.given.get("loss", np.zeros(len(steps), dtype=np.bool_)) & ~finite)
     axes.set_ylabel("loss", color=BLUE)
+    _mark_steps(axes, steps)
     _mark_failure(axes, steps, failed_at, named=True)
     lr = history.scalars.get("lr")
     if lr is not None and np.isfinite(lr).any() and np.nanmax(lr) > np.nanmin(lr):
@@ -100,9 +104,11 @@ def _loss(axes: Any, report: Report, failed_at: int | None) -> None:
 
 
 def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label: str, failed_at: int | None) -> None:
-    """The layers that matter on a log axis: the guilty one thick and red, named at its end, the others grey."""
+    """The layers that matter on a log axis: the guilty one thick and red, named in the corner, the others grey."""
     steps = report.history.steps
     shown = [line for line in _story.that_matter(story, MOST_LINES) if not isinstance(line, int)]
+    axes.set_yscale("log")  # before anything is drawn: a panel may hold no number at all
+    ends = {}
     for line in sorted(shown, key=lambda line: line.guilty):
         values, bad = _series(line, side)
         drawn = np.where(np.isfinite(values) & (values > 0), values, np.nan)
@@ -112,12 +118,13 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
             _mark_bad(axes, steps, bad)
             _mark_onset(axes, report, drawn, side)
             _name_in_the_corner(axes, line.name)
-        elif len(shown) <= MOST_NAMED:
-            _name_at_the_end(axes, steps, drawn, line.name)
-    axes.set_yscale("log")
+        elif np.isfinite(drawn).any():
+            ends[line.name] = float(drawn[np.isfinite(drawn)][-1])
+    if len(shown) <= MOST_NAMED:
+        _name_the_ends(axes, ends)
     axes.set_title(label, fontsize=11, loc="left")
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _mark_steps(axes, steps)
     _mark_failure(axes, steps, failed_at)
 
 
@@ -140,15 +147,21 @@ def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
 def _name_in_the_corner(axes: Any, name: str) -> None:
     """The guilty layer's name; no legend, which leaves out names that begin with an underscore."""
     place = {"xy": (0.02, 0.96), "xycoords": "axes fraction", "va": "top"}
-    axes.annotate(f"━━ {_shorten(name)}", color=RED, fontsize=11, parse_math=False, **place)  # a layer may be called $\frac$
+    axes.annotate(f"━━ {shortened([name], 30)[0]}", color=RED, fontsize=11, parse_math=False, **place)  # may be $\\frac$
 
 
-def _name_at_the_end(axes: Any, steps: NDArray[np.int64], drawn: Floats, name: str) -> None:
-    there = np.flatnonzero(np.isfinite(drawn))
-    if there.size:
-        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        end = axes.annotate(_shorten(name, 20), (steps[there[-1]], drawn[there[-1]]), color="grey", fontsize=8, **place)
-        end.set_parse_math(False)
+def _name_the_ends(axes: Any, ends: dict[str, float]) -> None:
+    """Names right of the frame, at the height of each line's last value, moved apart where they would overlap."""
+    low, high = np.log10(axes.get_ylim())
+    at = {name: (np.log10(value) - low) / max(high - low, 1e-9) for name, value in sorted(ends.items(), key=lambda e: e[1])}
+    floor, heights = 0.0, []
+    for height in at.values():
+        heights.append(max(height, floor))
+        floor = heights[-1] + _NAME_HEIGHT
+    excess = max(0.0, floor - _NAME_HEIGHT - 1.0)  # pushed out above: all of them down, what fits below
+    for name, height in zip(shortened(list(at), 24), heights, strict=True):
+        place = {"xy": (1.01, max(0.0, height - excess)), "xycoords": "axes fraction", "va": "center", "annotation_clip": False}
+        axes.annotate(name, color="grey", fontsize=8, parse_math=False, **place)
 
 
 def _heat(
@@ -175,10 +188,10 @@ def _heat(
                 axes.annotate(arrow, color=RED, fontsize=13, **place)
     ticks = _ticks(story)
     axes.tick_params(axis="y", pad=12)
-    axes.set_yticks(ticks, [_shorten(story[i].name) for i in ticks], fontsize=7, parse_math=False)
+    axes.set_yticks(ticks, shortened([story[i].name for i in ticks], 30), fontsize=7, parse_math=False)
     for tick, i in zip(axes.get_yticklabels(), ticks, strict=True):
         tick.set_color(RED if story[i].guilty else "black")
-    axes.set_title(f"{label}, all {len(story)} layers in execution order (black: NaN or Inf)", fontsize=10, loc="left")
+    axes.set_title(f"{label}, all {len(story)} layers as they run (black: NaN, Inf)", fontsize=10, loc="left")
     axes.set_xlabel("step")
     figure.colorbar(image, ax=axes, label="powers of ten above its median", fraction=0.04, pad=0.06)
 
@@ -190,12 +203,15 @@ def _ticks(story: list[_story.Line], most: int = 24) -> list[int]:
     return sorted({*guilty, *(i for i in range(0, len(story), every) if all(abs(i - g) >= every for g in guilty))})
 
 
-def _shorten(name: str, width: int = 34) -> str:
-    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-width // 2 :]}"
-
-
 def _series(line: _story.Line, side: str) -> tuple[Floats, NDArray[np.bool_]]:
     return getattr(line, side), getattr(line, f"{side}_bad")
+
+
+def _mark_steps(axes: Any, steps: NDArray[np.int64]) -> None:
+    """Whole steps on the axis, and a width for a single one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
 
 
 def _mark_failure(axes: Any, steps: NDArray[np.int64], failed_at: int | None, named: bool = False) -> None:

@@ -6,6 +6,7 @@ terminal's encoding has no block characters, ASCII stands in for them.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,11 +22,13 @@ from rich.text import Text
 
 from .._codec import number
 from .._columns import Floats
-from .._names import printable, safe_text
+from .._names import cells, printable, safe_text, shortened
 from .._schema import Report
 from . import _story
 
 MOST_LAYERS = 16
+MOST_SCALARS = 8
+NARROWEST = 10
 _TYPE, _VALUE = 12, 8  # widths of columns
 
 
@@ -54,6 +57,8 @@ def print_report(report: Report, path: Path | None = None, *, file: IO[str] | No
         width: columns; None for the terminal's own.
     """
     console = Console(file=file, width=width, highlight=False, soft_wrap=False)
+    if console.width < NARROWEST:  # COLUMNS=0 means that nobody knows
+        console.width = 80
     glyphs = UNICODE if _can_show(console.encoding, UNICODE) else ASCII
     parts = _parts(report, path, glyphs, console.width)
     if console.is_terminal:
@@ -122,7 +127,7 @@ def _layers(report: Report, story: list[_story.Line], glyphs: Glyphs, width: int
     """
     sides = ("gradient",) if width < 60 else ("output", "gradient")
     of_type = width >= 100
-    name_width = max(12, min(max(len(line.name) for line in story), width * 2 // 5))
+    name_width = max(12, min(max(cells(line.name) for line in story), width * 2 // 5))
     left = width - 2 - (name_width + 1) - (_TYPE + 1 if of_type else 0) - len(sides) * (_VALUE + 2)
     bars = max(3, left // len(sides))
     steps = report.history.steps
@@ -138,26 +143,20 @@ def _layers(report: Report, story: list[_story.Line], glyphs: Glyphs, width: int
     for side in sides:
         table.add_column(side, width=bars, no_wrap=True)
         table.add_column("last", width=_VALUE, justify="right", no_wrap=True)
-    for line in _story.that_matter(story, MOST_LAYERS):
+    shown = _story.that_matter(story, MOST_LAYERS)
+    names = iter(shortened([line.name for line in shown if not isinstance(line, int)], name_width, glyphs.ellipsis))
+    for line in shown:
         if isinstance(line, int):
             table.add_row("", Text(f"{glyphs.ellipsis} {line} more", style="dim"))
             continue
         series = {"output": (line.forward, line.forward_bad), "gradient": (line.backward, line.backward_bad)}
         table.add_row(
             Text(glyphs.guilty if line.guilty else "", style="bold red"),
-            Text(_shorten(line.name, name_width, glyphs), style="bold red" if line.guilty else ""),
-            *([Text(_shorten(line.type, _TYPE, glyphs))] if of_type else []),
+            Text(next(names), style="bold red" if line.guilty else ""),
+            *([Text(shortened([line.type], _TYPE, glyphs.ellipsis)[0])] if of_type else []),
             *(cell for side in sides for cell in (_sparkline(*series[side], bars, glyphs), _last(*series[side]))),
         )
     return Padding(table, (1, 0, 0, 0), expand=False)
-
-
-def _shorten(name: str, width: int, glyphs: Glyphs) -> str:
-    """Cut from the middle: both the block and the layer in it tell names apart."""
-    if len(name) <= width:
-        return name
-    head = (width - 1) // 2
-    return name[:head] + glyphs.ellipsis + name[len(name) - (width - 1 - head) :]
 
 
 def _sparkline(values: Floats, bad: NDArray[np.bool_], width: int, glyphs: Glyphs) -> Text:
@@ -200,12 +199,15 @@ def _scalars(report: Report, glyphs: Glyphs, width: int) -> RenderableType:
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     history = report.history
-    for name, values in list(history.scalars.items())[:8]:
-        given = history.given[name]
-        if given.any():
-            bad = given & ~np.isfinite(values)
-            ends = f"{_figures(values[given][0], 4)} {glyphs.arrow} {_figures(values[given][-1], 4)}"
-            grid.add_row(Text(printable(name)), _sparkline(np.abs(values), bad, max(4, width // 3), glyphs), Text(ends))
+    # Further learning rates last: of what the user gave there is more to learn.
+    there = sorted((name for name in history.scalars if history.given[name].any()), key=lambda name: name.startswith("lr."))
+    for name in there[:MOST_SCALARS]:
+        given, values = history.given[name], history.scalars[name]
+        bad = given & ~np.isfinite(values)
+        ends = f"{_figures(values[given][0], 4)} {glyphs.arrow} {_figures(values[given][-1], 4)}"
+        grid.add_row(Text(printable(name)), _sparkline(np.abs(values), bad, max(4, width // 3), glyphs), Text(ends))
+    if len(there) > MOST_SCALARS:
+        grid.add_row("", Text(f"{glyphs.ellipsis} {len(there) - MOST_SCALARS} more in the dump", style="dim"))
     return Padding(grid, (1, 0, 0, 1), expand=False)
 
 
@@ -219,7 +221,7 @@ def _files(path: Path | None) -> RenderableType:
     grid.add_row("dump", Text(printable(str(path))))
     if picture.exists():
         grid.add_row("picture", Text(printable(str(picture))))
-    grid.add_row("again", Text(f"nobs show {printable(str(path))}"))
+    grid.add_row("again", Text(f"nobs show {printable(shlex.quote(str(path)))}"))
     return Padding(grid, (1, 0, 0, 1), expand=False)
 
 

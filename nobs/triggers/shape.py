@@ -32,9 +32,9 @@ def positive(trigger: object, *names: str) -> None:
             )
 
 
-def _is_positive(value: object) -> bool:
+def _is_positive(value: Any) -> bool:
     try:
-        return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+        return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < math.inf
     except OverflowError:  # an integer of thousands of digits
         return False
 
