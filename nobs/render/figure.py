@@ -69,7 +69,11 @@ def draw(report: Report) -> Figure:
     for column, (label, side) in enumerate(_SIDES if story else ()):
         _lines(figure.add_subplot(grid[1, column]), report, story, side, label, failed_at)
         if heat:
-            _heat(figure, figure.add_subplot(grid[2, column]), report, story, side, label, failed_at)
+            axes = figure.add_subplot(grid[2, column])
+            image = _heat(axes, report, story, side, label, failed_at)
+            _name_rows(axes, story, named=column == 0)
+    if heat:  # one scale for both
+        figure.colorbar(image, ax=axes, label="powers of ten above its median", fraction=0.05, pad=0.06)
     return figure
 
 
@@ -109,6 +113,7 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
     shown = [line for line in _story.that_matter(story, MOST_LINES) if not isinstance(line, int)]
     axes.set_yscale("log")  # before anything is drawn: a panel may hold no number at all
     ends = {}
+    names = dict(zip([line.name for line in shown], shortened([line.name for line in shown], 30), strict=True))
     for line in sorted(shown, key=lambda line: line.guilty):
         values, bad = _series(line, side)
         drawn = np.where(np.isfinite(values) & (values > 0), values, np.nan)
@@ -117,7 +122,7 @@ def _lines(axes: Any, report: Report, story: list[_story.Line], side: str, label
         if line.guilty:
             _mark_bad(axes, steps, bad)
             _mark_onset(axes, report, drawn, side)
-            _name_in_the_corner(axes, line.name)
+            _name_in_the_corner(axes, names[line.name])
         elif np.isfinite(drawn).any():
             ends[line.name] = float(drawn[np.isfinite(drawn)][-1])
     if len(shown) <= MOST_NAMED:
@@ -146,8 +151,9 @@ def _mark_onset(axes: Any, report: Report, drawn: Floats, side: str) -> None:
 
 def _name_in_the_corner(axes: Any, name: str) -> None:
     """The guilty layer's name; no legend, which leaves out names that begin with an underscore."""
-    place = {"xy": (0.02, 0.96), "xycoords": "axes fraction", "va": "top"}
-    axes.annotate(f"━━ {shortened([name], 30)[0]}", color=RED, fontsize=11, parse_math=False, **place)  # may be $\\frac$
+    behind = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
+    place = {"xy": (0.02, 0.96), "xycoords": "axes fraction", "va": "top", "bbox": behind, "zorder": 4}
+    axes.annotate(f"━━ {name}", color=RED, fontsize=11, parse_math=False, **place)  # may be $\\frac$
 
 
 def _name_the_ends(axes: Any, ends: dict[str, float]) -> None:
@@ -164,10 +170,8 @@ def _name_the_ends(axes: Any, ends: dict[str, float]) -> None:
         axes.annotate(name, color="grey", fontsize=8, parse_math=False, **place)
 
 
-def _heat(
-    figure: Figure, axes: Any, report: Report, story: list[_story.Line], side: str, label: str, failed_at: int | None
-) -> None:
-    """Every layer over every step, in powers of ten against its own median; black where not finite."""
+def _heat(axes: Any, report: Report, story: list[_story.Line], side: str, label: str, failed_at: int | None) -> Any:
+    """Every layer over every step, in powers of ten against its own median; black where not finite. The image."""
     steps = report.history.steps
     rows, bads = zip(*(_series(line, side) for line in story), strict=True)
     values, bad = np.array(rows), np.array(bads)
@@ -180,20 +184,26 @@ def _heat(
     black = np.zeros((*bad.shape, 4))
     black[bad, 3] = 1.0
     axes.imshow(black, aspect="auto", extent=extent, interpolation="nearest")
+    axes.set_title(f"{label}, all {len(story)} layers as they run (black: NaN, Inf)", fontsize=10, loc="left")
+    axes.set_xlabel("step")
+    _mark_steps(axes, steps)
     _mark_failure(axes, steps, failed_at)
+    return image
+
+
+def _name_rows(axes: Any, story: list[_story.Line], named: bool) -> None:
+    """Names left of a heat map, where asked for, and arrows from both sides at the guilty row: it may be a pixel high."""
+    ticks = _ticks(story)
+    names = shortened([story[i].name for i in ticks], 30) if named else [""] * len(ticks)
+    axes.tick_params(axis="y", pad=12)
+    axes.set_yticks(ticks, names, fontsize=7, parse_math=False)
+    for tick, i in zip(axes.get_yticklabels(), ticks, strict=True):
+        tick.set_color(RED if story[i].guilty else "black")
     for i, line in enumerate(story):
-        if line.guilty:  # arrows from both sides: a frame would hide a row that is a pixel high
+        if line.guilty:
             for side_of_axes, arrow, align in ((0, "▶", "right"), (1, "◀", "left")):
                 place = {"xy": (side_of_axes, i), "xycoords": ("axes fraction", "data"), "ha": align, "va": "center"}
                 axes.annotate(arrow, color=RED, fontsize=13, **place)
-    ticks = _ticks(story)
-    axes.tick_params(axis="y", pad=12)
-    axes.set_yticks(ticks, shortened([story[i].name for i in ticks], 30), fontsize=7, parse_math=False)
-    for tick, i in zip(axes.get_yticklabels(), ticks, strict=True):
-        tick.set_color(RED if story[i].guilty else "black")
-    axes.set_title(f"{label}, all {len(story)} layers as they run (black: NaN, Inf)", fontsize=10, loc="left")
-    axes.set_xlabel("step")
-    figure.colorbar(image, ax=axes, label="powers of ten above its median", fraction=0.04, pad=0.06)
 
 
 def _ticks(story: list[_story.Line], most: int = 24) -> list[int]:
