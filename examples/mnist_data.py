@@ -38,6 +38,8 @@ def load(folder: Path | None, say=print) -> tuple[Tensor, Tensor]:
             images, labels, where = source(folder)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = error
+            if folder is not None and source is _from_files:
+                say(f"MNIST: {error}; trying a download")
             continue
         say(f"MNIST: {len(images)} images {where}")
         return _normalised(images), labels.long()
@@ -73,12 +75,12 @@ def _read(path: Path, reader: str) -> Tensor:
 
 
 def _from_network(folder: Path | None) -> tuple[Tensor, Tensor, str]:
-    """Downloaded by torchvision, into the folder, or for this run only where none was given."""
+    """Downloaded by torchvision, into the folder if it is there, else for this run only."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            dataset = _torchvision_mnist().MNIST(folder or scratch, train=True, download=True)
+            dataset = _torchvision_mnist().MNIST(folder if folder and folder.is_dir() else scratch, train=True, download=True)
             return dataset.data, dataset.targets, "downloaded"
     finally:
         socket.setdefaulttimeout(before)

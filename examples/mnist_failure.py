@@ -9,6 +9,7 @@ Ends with the crash report of nobs in the terminal, and its JSON and PNG under .
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -86,16 +87,38 @@ def train(options: argparse.Namespace, console: Console) -> nobs.Report | None:
     return recorder.report
 
 
+def rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError(text)
+    return float(text)
+
+
+def whole(lowest: int):
+    def count(text: str) -> int:
+        if int(text) < lowest:
+            raise ValueError(text)
+        return int(text)
+
+    return count
+
+
+def device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # no such device, or no driver for it here
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=100.0, help="where the warm-up leads to (100)")
-    parser.add_argument("--warmup", type=int, default=400, help="steps of geometric warm-up (400); 0 starts at --lr")
+    parser.add_argument("--lr", type=rate, default=100.0, help="where the warm-up leads to (100)")
+    parser.add_argument("--warmup", type=whole(0), default=400, help="steps of geometric warm-up (400); 0 starts at --lr")
     parser.add_argument("--data", type=Path, default=os.environ.get("NOBS_MNIST"), help="a folder with the IDX files of MNIST")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--capacity", type=int, default=100, help="steps that the recorder remembers (100)")
-    parser.add_argument("--every", type=int, default=1, help="record layers at every k-th step (1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--capacity", type=whole(1), default=100, help="steps that the recorder remembers (100)")
+    parser.add_argument("--every", type=whole(1), default=1, help="record layers at every k-th step (1)")
+    parser.add_argument("--seed", type=whole(0), default=0)
     report = train(parser.parse_args(), Console(stderr=True))
     if report is None:
         print("nothing failed: try a larger --lr", file=sys.stderr)

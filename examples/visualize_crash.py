@@ -19,11 +19,15 @@ def main() -> int:
     parser.add_argument("dump", type=Path, help="a JSON that nobs wrote, or a folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("crash.png"))
     options = parser.parse_args()
-    report = nobs.load(options.dump)
-    print(report.summary())
-    for layer in report.layers[:5]:
-        print(f"  {layer.name} ({layer.type}): {', '.join(layer.sites)}")
-    print(save_png(report, options.output).resolve())
+    try:
+        report = nobs.load(options.dump)
+        print(report.summary())
+        for layer in report.layers[:5]:
+            print(f"  {layer.name} ({layer.type}): {', '.join(layer.sites)}")
+        print(save_png(report, options.output).resolve())
+    except (nobs.NobsError, OSError, ValueError) as error:
+        print(f"visualize_crash: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

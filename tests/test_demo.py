@@ -76,6 +76,24 @@ def test_without_a_compiler_it_trains_eagerly(tmp_path):
     assert data["run"]["every"] == 2
 
 
+@pytest.mark.parametrize(
+    ("example", "arguments", "says"),
+    [
+        ("mnist_failure.py", ["--lr", "nan"], "argument --lr"),
+        ("mnist_failure.py", ["--warmup", "-5"], "argument --warmup"),
+        ("mnist_failure.py", ["--device", "nosuch"], "argument --device: Expected one of cpu"),
+        ("visualize_crash.py", ["missing"], "reading missing"),
+    ],
+)
+def test_wrong_arguments(example, arguments, says, tmp_path):
+    """Exit code 2 and the reason; no traceback."""
+    script = [sys.executable, str(ROOT / "examples" / example), *arguments]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_visualize_crash(tmp_path):
     """The picture of a dump from the dump alone."""
     from samples import story_report

@@ -39,8 +39,8 @@ class LossSpike:
 
     A climb too slow for that is caught by the average itself: it is above `factor` times the lowest that it had over about
     `memory` steps, has lost at least half of what training had won since its start, and is further up than single losses
-    scatter. Losses that are nearly zero, restarts of the learning rate and adversarial losses wander without that. Where the
-    lowest average is zero or below, all that was won must be lost.
+    scatter; or it has lost nearly all and stays there. Losses that are nearly zero, restarts of the learning rate and
+    adversarial losses wander without that. Where the lowest average is zero or below, all that was won must be lost.
 
     Non-finite losses are NonFinite's. After Lightning's SpikeDetection and llm-foundry's KillLossSpike, without what disarms
     them: neither a spike nor a NaN enters the average.
@@ -104,9 +104,12 @@ class LossSpike:
         """Above this an average has climbed."""
         low, won = state.low, max(0.0, state.start - state.low)
         scatter = self.factor * max(state.peak, state.spread, 0.01 * abs(low))
-        if low > 0:
-            return max(self.factor * low, low + won / 2, low + scatter / 2)
-        return low + won + 2 * scatter if scatter else math.inf
+        if low <= 0:
+            return low + won + 2 * scatter if scatter else math.inf
+        above = max(low + won / 2, low + scatter / 2)
+        if won > low:  # nearly all lost, and steady there: a network that has died
+            above = min(above, max(low + 0.8 * won, low + self.factor * state.spread))
+        return max(self.factor * low, above)
 
     @staticmethod
     def _ratio(rise: float, mean: float) -> float:
