@@ -10,7 +10,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
-for name in ("tests/twin", "tests/nets", "tests/samples", "tests/strategies", "examples/mnist_data"):
+for name in ("tests/twin", "tests/nets", "tests/runs", "tests/samples", "tests/strategies", "examples/mnist_data"):
     module = (ROOT / name).with_suffix(".py")  # imported by name; import-mode importlib leaves sys.path alone
     spec = importlib.util.spec_from_file_location(module.stem, module)
     sys.modules[module.stem] = importlib.util.module_from_spec(spec)
@@ -47,3 +47,13 @@ def fresh_dynamo():
     counters.clear()
     yield counters
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def model():
+    """A small ConvNet with its taps in."""
+    from nets import Images
+
+    import nobs
+
+    return nobs.instrument(Images())
