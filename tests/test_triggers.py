@@ -59,7 +59,10 @@ HEALTHY = {
     "mostly zero": np.where(uniform < np.maximum(np.exp(-np.arange(3000) / 150), 0.003), np.abs(noise[:3000]), 0)[:1500],
     "two in a desert": np.r_[np.zeros(50), 0.5, np.zeros(5), 0.5],
     "zero in the end": 2 * np.exp(-np.arange(3000) / 100) * np.exp(0.5 * noise[:3000]) + 1e-4 * np.exp(2 * noise[2000:5000]),
-    "restarts": np.tile(np.r_[np.linspace(0.02, 0.3, 40), np.geomspace(0.3, 0.02, 260)], 5)[40:] * np.exp(0.2 * noise[:1460]),
+    "restarts": np.r_[
+        np.geomspace(2.3, 0.02, 160), np.tile(np.r_[np.linspace(0.02, 0.3, 40), np.geomspace(0.3, 0.02, 260)], 5)[:1300]
+    ]
+    * np.exp(0.2 * noise[:1460]),
     "equal, then noisy": np.r_[np.full(10, -2.0), -2 + 0.1 * noise[:500]],
     "adversarial": -0.3 * np.minimum(1, np.arange(2000) / 200) + 0.1 * np.sin(np.arange(2000) / 150) + 0.01 * noise[:2000],
     "a slow period below zero": -20 + 0.3 * np.sin(np.arange(3000) / 200) + 0.05 * noise[:3000],
@@ -111,6 +114,32 @@ def test_back_to_chance(outlier):
     assert 330 < fired[0] < 420
 
 
+@pytest.mark.parametrize("growth", [1.01, 1.02, 1.05, 1.1, 1.3, 1.5, 2.0, 3.0, 10.0])
+@pytest.mark.parametrize("healthy", [0, 300])
+def test_a_loss_that_grows_by_the_same_factor_each_step(growth, healthy):
+    """A divergence sets no scale for itself: it fires before the loss is a thousand times what it was."""
+    steps = np.arange(min(700, int(60 / np.log10(growth) / 2)))
+    losses = np.r_[0.5 + 1.8 * np.exp(-np.arange(healthy) / 60), 0.5 * growth**steps] if healthy else 2.3 * growth**steps
+    losses *= np.exp(0.05 * noise[: len(losses)])
+    fired = judge(LossSpike(), losses)
+    assert fired
+    assert losses[fired[0]] < 1000 or fired[0] < healthy + 12
+
+
+def test_a_negative_loss_that_climbs_and_stays():
+    """All that was won is lost within fifty steps: it fires while it climbs."""
+    losses = np.r_[5 * np.exp(-np.arange(300) / 40) - 3, np.linspace(-3, 7, 50), np.full(500, 7.0)] + 0.1 * noise[:850]
+    assert 300 < judge(LossSpike(), losses)[0] < 350
+    assert 300 < judge(LossSpike(), np.r_[np.full(300, -3.0) + 0.1 * noise[:300], losses[300:]])[0] < 350
+
+
+@pytest.mark.parametrize(("top", "level", "steps"), [(100, 1, 2), (20, 1, 3), (2.3, 0.1, 3)])
+def test_a_steep_start_hides_no_later_spike(top, level, steps):
+    """A descent in the first steps is no scatter."""
+    losses = (top * np.exp(-np.arange(300) / steps) + level) * np.exp(0.05 * noise[:300])
+    assert judge(LossSpike(), [*losses, 10 * level]) == [300]
+
+
 def test_a_climb_that_comes_down_again():
     """The average follows a climb, and so the alarm ends with it."""
     losses = np.r_[np.full(50, 1.0), np.linspace(1, 5, 100), np.full(2000, 1.3)] + 0.03 * noise[:2150]
@@ -140,7 +169,7 @@ def test_triggers_are_never_poisoned(prefix):
         for i, trigger in enumerate(DEFAULT):
             states[i], _ = trigger.update(states[i], r)
     if isinstance(states[2], tuple):
-        assert all(math.isfinite(v) for v in (states[2].first or states[2][:6]))
+        assert all(math.isfinite(v) for v in (states[2].first or (*states[2][:7], *states[2].recent)))
     if states[1] is not None:
         assert np.isfinite(states[1]["log"]).all()
     engine = nobs.TriggerEngine()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ class LossBaseline(NamedTuple):
     """State of LossSpike, all in the loss's own unit but `ratio`.
 
     `mean` and `spread` are the moving average and mean absolute deviation, `low` is the lowest average, `start` the median of
-    the first losses; `peak` is the largest healthy rise above the average lately, and `ratio` the same in averages; `first`
-    holds the losses of the warm-up while it lasts.
+    the first losses. `peak` is the largest healthy rise above the average lately, and `ratio` the same in averages. `past` is
+    the peak before the last one to two windows, whose own are `recent`, and before the average began to climb; `age` counts
+    steps into the window. `first` holds the losses of the warm-up while it lasts.
     """
 
     mean: float = 0.0
@@ -26,6 +28,9 @@ class LossBaseline(NamedTuple):
     start: float = 0.0
     peak: float = 0.0
     ratio: float = 0.0
+    past: float = 0.0
+    recent: tuple[float, float] = (0.0, 0.0)
+    age: int = 0
     first: tuple[float, ...] | None = ()
 
 
@@ -38,9 +43,10 @@ class LossSpike:
     below, where a factor says nothing, the deviations alone decide.
 
     A climb too slow for that is caught by the average itself: it is above `factor` times the lowest that it had over about
-    `memory` steps, has lost at least half of what training had won since its start, and is further up than single losses
-    scatter; or it has lost nearly all and stays there. Losses that are nearly zero, restarts of the learning rate and
-    adversarial losses wander without that. Where the lowest average is zero or below, all that was won must be lost.
+    `memory` steps, has lost half of what training had won since its start (three quarters of it in powers of ten, where that
+    is less), and is further up than single losses scattered before; or it has lost nearly all and stays there. Losses that
+    are nearly zero, restarts of the learning rate and adversarial losses wander without that. Where the lowest average is
+    zero or below, all that was won must be lost.
 
     Non-finite losses are NonFinite's. After Lightning's SpikeDetection and llm-foundry's KillLossSpike, without what disarms
     them: neither a spike nor a NaN enters the average.
@@ -87,9 +93,11 @@ class LossSpike:
         """The median: a spike among the first losses must not be what later ones are compared with."""
         if len(first) < self.warmup:
             return LossBaseline(first=first)
-        mean, peak = median(first), sorted(first)[-2:][0]  # the second largest: the largest may be a spike
+        mean = median(first)
         spread = median(abs(loss - mean) for loss in first) or 0.03 * abs(mean)  # equal losses say nothing of their scatter
-        return LossBaseline(mean, spread, mean, mean, peak - mean, self._ratio(peak - mean, mean), None)
+        rises = sorted(max(0.0, after - before) for before, after in pairwise(first))
+        peak = rises[-2] if len(rises) > 1 else 0.0  # the largest may be a spike; a descent has none
+        return LossBaseline(mean, spread, mean, mean, peak, self._ratio(peak, mean), peak, first=None)
 
     def _spike_limit(self, state: LossBaseline) -> float:
         """Above this a loss is a spike; infinite while losses of zero throughout give no scale."""
@@ -101,31 +109,37 @@ class LossSpike:
         return max(usual, state.mean + self.factor * peak)
 
     def _climb_limit(self, state: LossBaseline) -> float:
-        """Above this an average has climbed."""
+        """Above this an average has climbed. Its scatter is of before: a climb must not set the scale that it is judged by."""
         low, won = state.low, max(0.0, state.start - state.low)
-        scatter = self.factor * max(state.peak, state.spread, 0.01 * abs(low))
-        if low <= 0:
+        if low <= 1e-3 * state.peak:  # below zero, or nothing beside what single losses reach: it is no scale
+            scatter = self.factor * max(state.past, -0.01 * low)
             return low + won + 2 * scatter if scatter else math.inf
-        above = max(low + won / 2, low + scatter / 2)
+        half_lost = low + won / 2 if won < 15 * low else low * (state.start / low) ** 0.75
+        limit = max(half_lost, low + self.factor * state.past / 2)
         if won > low:  # nearly all lost, and steady there: a network that has died
-            above = min(above, max(low + 0.8 * won, low + self.factor * state.spread))
-        return max(self.factor * low, above)
+            limit = min(limit, max(low + 0.8 * won, low + self.factor * state.spread))
+        return max(self.factor * low, limit)
 
     @staticmethod
     def _ratio(rise: float, mean: float) -> float:
         """A rise in averages; at most 1e9, also over an average of zero."""
-        return rise / max(abs(mean), 1e-9 * rise) if rise > 0 else 0.0
+        return rise / max(abs(mean), 1e-9 * rise, 1e-300) if rise > 0 else 0.0
 
     def _learn(self, state: LossBaseline, loss: float) -> LossBaseline:
         rise = loss - state.mean
         mean = state.mean + rise / self.window
         spread = state.spread + (abs(rise) - state.spread) / self.window
+        # The lowest average rises slowly, so that a run may settle on a higher loss.
+        low = mean if mean <= state.low else state.low + (mean - state.low) / self.memory
         forget = 1 - 1 / (50 * self.window)
         peak = max(rise, state.peak * forget)
         ratio = max(self._ratio(rise, state.mean), state.ratio * forget)
-        # The lowest average rises slowly, so that a run may settle on a higher loss.
-        low = mean if mean <= state.low else state.low + (mean - state.low) / self.memory
-        return LossBaseline(mean, spread, low, state.start, peak, ratio, None)
+        past, (before, now), age = state.past * forget, state.recent, state.age + 1
+        now = max(now, rise)
+        if age >= self.window:
+            climbing = mean - low > (self._climb_limit(state) - low) / 3
+            past, before, now, age = past if climbing else max(past, before), now, 0.0, 0
+        return LossBaseline(mean, spread, low, state.start, peak, ratio, past, (before, now), age, None)
 
 
 _LARGEST = 1e150
