@@ -78,11 +78,14 @@ class Case:
 
         A layer's own parameters may be used before the layers inside it, and so have their gradient after all of them.
         """
-        place = dict(self.place)
-        for name, at in self.place.items():
+        ran = {layer.name for layer in self.history.layers if layer.order is not None}
+        place = {name: at for name, at in self.place.items() if name in ran}
+        for name in ran:
             for parent in parents(name):
-                if parent in place:
-                    place[parent] = min(place[parent], at - 0.5 / (1 + len(parents(parent))))  # the outermost last
+                if parent in ran:
+                    place[parent] = min(place[parent], self.place[name] - 0.5 / (1 + len(parents(parent))))  # outermost last
+        for name in self.place:  # one that never runs itself goes with its parent, and else comes last
+            place.setdefault(name, next((place[parent] for parent in parents(name) if parent in ran), -1.0))
         return place
 
     def event(self, row: int, line: int) -> Event:
@@ -133,7 +136,8 @@ class Case:
     @cached_property
     def held(self) -> NDArray[np.float64]:
         """[T, taps]: `logs`, where a step without a reading (`every=`, a branch not taken) keeps the one before."""
-        rows = np.where(np.isnan(self.logs), 0, np.arange(len(self.logs))[:, None])
+        ran = np.isfinite(self.values[..., FIRST])  # a measured zero is a reading: the tap is back inside its band
+        rows = np.where(ran, np.arange(len(self.logs))[:, None], 0)
         return np.take_along_axis(self.logs, np.maximum.accumulate(rows, axis=0), axis=0)
 
     @cached_property

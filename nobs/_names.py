@@ -75,20 +75,23 @@ def cells(text: str) -> int:
 def shortened(names: Sequence[str], width: int, ellipsis: str = "…") -> list[str]:
     """The names in at most `width` columns, cut where it does not make two of them alike, if there is such a place.
 
-    From the middle, as a rule: both the block and the layer in it tell names apart. Else from the part all long ones share.
+    In the middle, as a rule: both the block and the layer in it tell names apart. Else further to an end, or what all long
+    ones begin with is left out.
     """
-    middle = [_cut(name, width, ellipsis) for name in names]
-    if len(set(middle)) == len(set(names)):
-        return middle
     shared = len(os.path.commonprefix([name for name in names if cells(name) > width]))  # noqa: RUF071  # by character
-    return [ellipsis + _cut(name[shared:], width - 1, ellipsis) if cells(name) > width else name for name in names]
+    ways = [[_cut(name, width, ellipsis, share) for name in names] for share in (0.5, 0.7, 0.3, 0.9, 0.1)]
+    ways += [[_cut(name, width, ellipsis, 0.5, without=shared) for name in names]]
+    return max(ways, key=lambda way: len(set(way)))  # of equals the first
 
 
-def _cut(name: str, width: int, ellipsis: str) -> str:
+def _cut(name: str, width: int, ellipsis: str, share: float, without: int = 0) -> str:
+    """The name in `width` columns, `share` of them for its beginning; cut at all, it loses its first letters first."""
     if cells(name) <= width:
         return name
+    if without:
+        return ellipsis + _cut(name[without:], width - 1, ellipsis, share)
     head, tail = 0, len(name)
-    while cells(name[: head + 1]) <= (width - 1) // 2:
+    while cells(name[: head + 1]) <= int((width - 1) * share):
         head += 1
     while cells(name[tail - 1 :]) <= width - 1 - cells(name[:head]):
         tail -= 1

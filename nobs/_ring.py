@@ -121,7 +121,7 @@ class RingBuffer:
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 self.row.write_scalar(name, value)
             else:
-                on_host[name] = value.detach().item() if isinstance(value, Tensor) else value
+                on_host[name] = float(value.detach().item() if isinstance(value, Tensor) else value)
         return _Record(step, time.time(), on_host, dict(self.row.written_scalars), _named(batch))
 
     def _make_room(self) -> int:
@@ -216,7 +216,7 @@ def checked_scalar(name: str, value: Any) -> Tensor | float:
         BadLoss: it is something else.
     """
     if isinstance(value, Tensor):
-        if value.numel() == 1 and not value.is_complex() and not value.is_meta:
+        if value.numel() == 1 and not value.is_complex() and not value.is_meta and not value.is_nested:
             return value
         got = f"a {value.dtype} tensor of shape {list(value.shape)}" + (" on meta" if value.is_meta else "")
     else:

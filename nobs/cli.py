@@ -6,6 +6,7 @@ Exit codes: 0 fine, 2 wrong usage or a file that cannot be read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -50,16 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_stdout() -> None:
-    """A stdout that takes any layer name, also where it is closed or knows ASCII only."""
-    if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # for as long as the process lives
+    """A stdout that takes any layer name, also where it is closed or knows ASCII only; closed, stderr swallows."""
+    if sys.stdout is None or sys.stdout.closed:
+        sys.stdout = io.StringIO()
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _silence_stdout() -> None:
     """Nothing more goes to stdout, so that the interpreter does not complain about it at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # one that is no file has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -77,7 +81,11 @@ def _show(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     """Draw a dump as PNG."""
     report = load(options.path)
-    out = options.output or find(options.path).with_suffix(".png")
+    dump = find(options.path)
+    out = options.output or dump.with_suffix(".png")
+    if out == dump:
+        print(f"nobs: {out} is the dump itself; type -o FILE for another name", file=sys.stderr)
+        return 2
     if out.suffix.lower() != ".png":
         print(f"nobs: {out}: pictures are PNG files; type -o {out.name or 'crash'}.png", file=sys.stderr)
         return 2
@@ -88,8 +96,8 @@ def _plot(options: argparse.Namespace) -> int:
             print(f"nobs: {out} exists; add --force to write over it, or -o FILE for another name", file=sys.stderr)
             return 2
         save_png(report, out)
-    except OSError as error:
-        print(f"nobs: cannot write {out}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, ValueError) as error:  # a name with a NUL, numbers that no axis can hold
+        print(f"nobs: cannot write {out}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     print(out)
     return 0

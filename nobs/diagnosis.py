@@ -66,7 +66,8 @@ def born_nonfinite(case: Case) -> Finding | None:
 def _forward_cause(case: Case, event: Event, tap: Tap) -> tuple[str, str]:
     dtype = next((layer.sites[tap.site].dtype for layer in case.history.layers if layer.name == tap.layer), None)
     largest = LARGEST.get(dtype or "", math.inf)
-    near = max(float(case.values[event.row, event.line, ABSMAX]), float(case.values[max(0, event.row - 1), event.line, ABSMAX]))
+    last = case.before(event)
+    near = max(float(case.values[row, event.line, ABSMAX]) for row in (event.row, event.row if last is None else last))
     if near > HEADROOM * largest and (dtype == "float16" or near > 1e30):
         return "overflow", f"; its largest finite value was {near:.3g} where {dtype} ends at {largest:.3g}"
     if not case.clean_before(event, OUTPUT) and not tap.layer_type.startswith("Embedding"):  # which takes integers
@@ -173,8 +174,9 @@ def _jumped(case: Case) -> Event | None:
             continue
         now, before = case.values[row, event.line], case.values[last, event.line]
         gradient = case.history.table.lines.get((tap.layer, f"{tap.site}.grad"))
-        slope = np.nan_to_num(case.values[last, gradient, NORM]) if gradient is not None else 0.0
-        lr = case.rates[last] if np.isfinite(case.rates[last]) else 1.0
+        slope = np.nan_to_num(case.values[last:row, gradient, NORM]).max() if gradient is not None else 0.0
+        rates = case.rates[last:row][np.isfinite(case.rates[last:row])]
+        lr = rates.max() if rates.size else 1.0
         # SGD moves by lr x gradient, Adam by at most about lr x sqrt(elements); with `every=` there were updates between.
         if abs(now[NORM] - before[NORM]) > 10 * lr * max(slope, math.sqrt(now[ELEMENTS])) * (row - last):
             return event
@@ -254,12 +256,5 @@ def _nothing_decided(case: Case, failure: Failure) -> Finding:
     clean = "no NaN or Inf before the end" if case.first_bad is None else "the NaN came late"
     usual = "every norm as usual" if case.judges_norms else f"{len(case.readings)} recorded steps, too few to know a usual range"
     out = f"{len(case.leavers)} sites out of their usual range" if case.leavers else usual
-    return Finding(
-        "unknown",
-        failure.layer,
-        failure.site,
-        failure.step,
-        0.2,
-        f"the numbers do not decide: {clean}, {out}",
-        _ADVICE["unknown"],
-    )
+    evidence = f"the numbers do not decide: {clean}, {out}"
+    return Finding("unknown", failure.layer, failure.site, failure.step, 0.2, evidence, _ADVICE["unknown"])

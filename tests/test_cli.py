@@ -1,11 +1,14 @@
 """`nobs show` and `nobs plot`: stdout carries the answer, stderr the rest, and the exit code says which."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from samples import story_report
 
@@ -44,6 +47,11 @@ def test_plot(dump, tmp_path, capsys):
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.png"), "-f"]) == 0
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.svg")]) == 2
     assert "type -o x.svg.png" in capsys.readouterr().err
+    odd = dump.rename(dump.with_name("odd.png"))
+    assert cli.main(["plot", str(odd)]) == 2  # a dump is never written over by its picture
+    assert "is the dump itself" in capsys.readouterr().err
+    odd.rename(dump)
+    assert cli.main(["plot", str(dump), "-o", "nul\0.png"]) == 2
     assert cli.main(["plot", str(dump), "-o", ".", "-f"]) == 2
     assert cli.main(["plot", str(dump), "-o", "a" * 300 + ".png"]) == 2
     assert "cannot write" in capsys.readouterr().err
@@ -111,3 +119,28 @@ def test_an_unhelpful_stdout(command, code, says, tmp_path):
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert (says in done.stderr) if says else done.stderr == ""
+
+
+class Full(io.StringIO):
+    """A stdout that somebody has put in, without a descriptor and without room."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("stdout", "code"), [(Full, 2), (io.StringIO, 0)])
+def test_another_stdout(stdout, code, dump, monkeypatch, capsys):
+    """One that is full, and one that is closed."""
+    monkeypatch.setattr(sys, "stdout", stdout())
+    if code == 0:
+        sys.stdout.close()
+    assert cli.main(["show", str(dump)]) == code
+    assert ("No space left" in capsys.readouterr().err) == (code == 2)
+
+
+def test_numbers_that_no_axis_can_hold(tmp_path):
+    """A loss at the end of float64 costs its point in the picture, not the picture."""
+    report = story_report()
+    scalars = {name: np.where(np.arange(50) % 2, 1.7e308, -1.7e308) for name in ("loss", "lr")}
+    huge = replace(report, history=replace(report.history, scalars=scalars))
+    assert cli.main(["plot", str(_codec.save(huge, tmp_path / "rank00000.json"))]) == 0

@@ -9,8 +9,9 @@ from nets import Images, Tokens, loss_of
 from torch import nn
 
 import nobs
-from nobs._history import History
-from nobs._schema import CAUSES
+from nobs._columns import KINDS
+from nobs._history import History, Tap, TapTable
+from nobs._schema import CAUSES, Failure
 from nobs.diagnosis import diagnose
 
 AT = 20
@@ -373,3 +374,66 @@ def test_a_jump_that_ends_in_nan_at_once(tmp_path):
 
     first = failing_run(Tokens(), corrupt, tmp_path).findings[0]
     assert (first.cause, first.layer, first.site) == ("weight_corruption", "blocks.0.up", "weight")
+
+
+def test_a_rate_that_jumps_between_samples_is_no_corruption(tmp_path):
+    """With `every=4` the weights of the next sample have moved by updates at the new rate, which is what is blamed."""
+    model = nobs.instrument(nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 1)), every=4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    with nobs.Recorder(model, optimizer=optimizer, directory=tmp_path, on_failure="stop") as recorder:
+        for step in range(400):
+            if step == 103:
+                optimizer.param_groups[0]["lr"] = 1.0
+            x = torch.randn(32, 10)
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+    assert recorder.report.findings[0].cause == "learning_rate"
+
+
+def test_a_gradient_that_became_zero_is_back_in_its_band():
+    """A layer that was loud for one step and then silent is not what explodes forty steps later."""
+    table = TapTable(
+        tuple(
+            Tap(layer, "Linear", site, kind)
+            for layer in "abc"
+            for site, kind in zip(("output", "output.grad", "weight", "weight.grad"), KINDS, strict=True)
+        )
+    )
+    values = np.tile(np.float32([1, 1, 0, 0, 0, 0, 10, 1]), (100, len(table), 1))
+    values[..., 7] += np.arange(len(table)) // 4 + 1 / 16
+    values[60, [1, 3], :2] = 20
+    values[61:, [1, 3], :2] = 0
+    values[95:, [5, 7, 9, 11], :2] = 1e4
+    failure = Failure("GradientNorm", 99, "a gradient", "c", "weight.grad")
+    first = diagnose(History(np.arange(100), table, values), failure)[0]
+    assert (first.cause, first.layer, first.step) == ("gradient_explosion", "c", 95)
+
+
+def test_a_list_of_parameters_takes_no_blame(tmp_path):
+    """A layer without an output of its own has its gradient at some unknown time: the loss made the NaN, not it."""
+
+    class Model(nn.Module):
+        poison = False
+
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.ParameterList([nn.Parameter(torch.zeros(8))])
+            self.up, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = self.head(self.up(x + self.extra[0]).relu())
+            if self.poison:
+                y.register_hook(lambda grad: grad * math.nan)
+            return y
+
+        def batch(self, n=8):
+            return torch.randn(n, 8), torch.randint(3, (n,))
+
+    def poison(step, model, optimizer, batch):
+        model.poison = step == AT
+        return batch
+
+    assert failing_run(Model(), poison, tmp_path).findings[0].layer == "head"

@@ -62,3 +62,30 @@ def test_the_launcher():
     assert _launch.run_name({"TORCHELASTIC_RUN_ID": "none", "SLURM_JOB_ID": "77"}) == "77"
     assert _launch.run_name({}, now_s=0) == "1970-01-01T00-00-00Z"
     assert [_launch.disabled({"NOBS_DISABLE": value}) for value in ("", "0", "false", "1", "yes")] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("width", [24, 30, 32, 48])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{side}.block.{i}.layer.0.SelfAttention.q" for side in ("encoder", "decoder") for i in (0, 1, 10, 11)],
+        [f"model_layers_{i}_self_attention_query_key_value_projection" for i in range(20)],
+        [f"block_with_a_long_common_prefix_{i}_and_a_long_common_suffix_here" for i in range(5)],
+        [f"模型.编码器.第{i}层.注意力.查询键值投影.线性变换" for i in range(12)],
+    ],
+)
+def test_short_names_are_told_apart(names, width):
+    """Cut to the width of a column, no two of them are alike."""
+    short = _names.shortened(names, width)
+    assert len(set(short)) == len(names)
+    assert max(map(_names.cells, short)) <= width
+
+
+@given(st.lists(st.text(max_size=30), max_size=5), st.integers(2, 20))
+def test_shortened_to_any_width(names, width):
+    """Never wider than asked for, as many as given, and what fits is left as it is."""
+    short = _names.shortened(names, width)
+    assert len(short) == len(names)
+    for name, cut in zip(names, short, strict=True):
+        assert _names.cells(cut) <= width
+        assert cut == name or _names.cells(name) > width

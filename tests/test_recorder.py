@@ -99,6 +99,9 @@ def test_resuming(model, tmp_path):
         other.load_state_dict(recorder.state_dict())
     with pytest.raises(BadSetting, match=r"a state with the keys \['param_groups'\][\s\S]*recorder.state_dict"):
         recorder.load_state_dict({"param_groups": []})
+    for garbage in ([1, 2], [("NonFinite",)], ["ab"]):
+        with pytest.raises(BadSetting, match="a state of the triggers"):
+            recorder.load_state_dict({"step": 3, "triggers": garbage})
 
 
 def test_wrong_calls(model):

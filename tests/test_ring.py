@@ -175,6 +175,7 @@ def test_at_most_sixteen_device_scalars():
         torch.tensor(1j),
         torch.ones(0),
         torch.ones((), device="meta"),
+        torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged),
         np.ones(2),
         np.array("x"),
         np.array("2020-01-01", dtype="datetime64"),

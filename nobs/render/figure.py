@@ -33,6 +33,9 @@ MOST_NAMED = 6
 _NAME_HEIGHT = 0.055
 """Of a panel, what a name at the end of a line takes."""
 
+_HIGHEST = 1e300
+"""The width of an axis must be a float64 too."""
+
 RED, GREY, BLUE = "#c8102e", "#b4b4b4", "#1f4e79"
 _HEAT = "RdBu_r"
 _SIDES = (("output norm", "forward"), ("gradient norm", "backward"))
@@ -90,7 +93,7 @@ def _loss(axes: Any, report: Report, failed_at: int | None) -> None:
     history = report.history
     steps = history.steps
     loss = history.scalars.get("loss", np.full(len(steps), np.nan))
-    finite = np.isfinite(loss)
+    finite = np.isfinite(loss) & (np.abs(loss) < _HIGHEST)
     axes.plot(steps[finite], loss[finite], color=BLUE, lw=1.6, marker="." if finite.sum() < 40 else "")
     if finite.any() and (loss[finite] > 0).all():
         axes.set_yscale("log")
@@ -99,6 +102,7 @@ def _loss(axes: Any, report: Report, failed_at: int | None) -> None:
     _mark_steps(axes, steps)
     _mark_failure(axes, steps, failed_at, named=True)
     lr = history.scalars.get("lr")
+    lr = None if lr is None else np.where(np.abs(lr) < _HIGHEST, lr, np.nan)
     if lr is not None and np.isfinite(lr).any() and np.nanmax(lr) > np.nanmin(lr):
         right = axes.twinx()
         right.plot(steps, lr, color=GREY, lw=1.2, ls="--")

@@ -77,9 +77,10 @@ class TriggerEngine:
         """Go on with what `state` gave.
 
         Raises:
-            BadSetting: it is of other triggers.
+            BadSetting: it is of other triggers, or of something else.
         """
-        names, there = [name for name, _ in saved], [name for name, _ in self.state()]
+        pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in saved)
+        names, there = [name for name, _ in saved] if pairs else saved, [name for name, _ in self.state()]
         if names != there:
             what, expected = f"a state of the triggers {names}", f"one of {there}"
             raise BadSetting(explain("loading the state of triggers", what, expected, "triggers=[...] as in the saved run"))
