@@ -128,10 +128,15 @@ class Case:
         """Whether there are enough readings to tell a usual range from a departure."""
         return len(self.readings) >= ENOUGH
 
+    @property
+    def first_half(self) -> NDArray[np.float64]:
+        """[T/2, taps]: `logs` of the window's first half, which tells what is usual."""
+        return self.logs[: max(1, self.end // 2)]
+
     @cached_property
     def quiet(self) -> NDArray[np.float64]:
         """[taps]: the median of `logs` over the window's first half; NaN without one."""
-        return _median(self.logs[: max(1, self.end // 2)])
+        return _median(self.first_half)
 
     @cached_property
     def held(self) -> NDArray[np.float64]:
@@ -146,7 +151,7 @@ class Case:
 
         Where the failure threw one tap far out, another that had drifted before by a fraction of that had not begun it.
         """
-        scatter = _median(np.abs(self.logs[: max(1, self.end // 2)] - self.quiet))
+        scatter = _median(np.abs(self.first_half - self.quiet))
         excess = np.nan_to_num(self.held - self.quiet, nan=-np.inf)
         band = np.nan_to_num(np.maximum(math.log10(BAND), SPREADS * scatter), nan=np.inf)
         outside = excess > np.maximum(band, min(DRIFT, excess.max(initial=0) / 6))

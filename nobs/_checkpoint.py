@@ -12,8 +12,11 @@ from torch import Tensor
 
 def packed(state: Any) -> Any:
     """NumPy arrays as tensors and its scalars as numbers, which `torch.load(weights_only=True)` takes; the rest as it is."""
-    arrays = _mapped(state, np.ndarray, lambda array: torch.from_numpy(array.copy()))
-    return _mapped(arrays, np.generic, lambda scalar: scalar.item())
+    return _mapped(state, (np.ndarray, np.generic), _plain)
+
+
+def _plain(value: Any) -> Any:
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value.item()
 
 
 def unpacked(state: Any) -> Any:
@@ -21,7 +24,7 @@ def unpacked(state: Any) -> Any:
     return _mapped(state, Tensor, lambda tensor: tensor.numpy().copy())
 
 
-def _mapped(state: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+def _mapped(state: Any, kind: type | tuple[type, ...], convert: Callable[[Any], Any]) -> Any:
     if isinstance(state, kind):
         return convert(state)
     if isinstance(state, dict):

@@ -23,8 +23,8 @@ from .errors import (
     NobsWarning,
     NothingToRecord,
     NotInstrumented,
-    at_least_one,
     explain,
+    whole_number,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +56,7 @@ def instrument(model: Model, *, layers: Select | Iterable[Select] | None = None,
         raise BadSetting(
             explain("nobs.instrument(model)", f"a {type(model).__name__}", "a torch.nn.Module", "nobs.instrument(model)")
         )
-    every = at_least_one("nobs.instrument(..., every=...)", "every", every, 1)
+    every = whole_number("nobs.instrument(..., every=...)", "every", every, 1)
     if disabled():
         return model
     named = named_modules(model)
@@ -86,7 +86,7 @@ def uninstrument(model: Model) -> Model:
     """
     if disabled():
         return model
-    rows = rows_of(model) if isinstance(model, nn.Module) else []
+    rows = rows_of(model)
     if not rows:
         raise NotInstrumented(
             explain(

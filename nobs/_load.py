@@ -14,7 +14,7 @@ from ._codec import FORMAT, SAVED, UPGRADES, VERSION, WORDS
 from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, OUTPUT, PARAMETER, Floats
 from ._history import History, Tap, TapTable
 from ._schema import CAUSES, Failure, Finding, Report
-from .errors import UnreadableDump, explain
+from .errors import UnreadableDump, explain, reason
 
 MOST_BYTES = 1 << 30
 
@@ -33,7 +33,7 @@ def load(path: str | Path) -> Report:
         size = file.stat().st_size
         content = b"" if size > MOST_BYTES else file.read_bytes()
     except (OSError, ValueError) as error:
-        raise _no_file(file, str(getattr(error, "strerror", None) or error)) from None
+        raise _no_file(file, reason(error)) from None
     if size > MOST_BYTES:
         raise _no_file(file, "more than 1 GiB")
     return loads(content, str(file))
@@ -47,7 +47,7 @@ def find(path: Path) -> Path:
         files = [*path.rglob("rank*.json")] or path.glob("*.json")
         dumps = sorted((file for file in files if file.is_file()), key=lambda p: (p.stat().st_mtime, str(p)))
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be read, a NUL
-        raise _no_file(path, str(getattr(error, "strerror", None) or error)) from None
+        raise _no_file(path, reason(error)) from None
     if not dumps:
         raise _no_file(path, "a folder without dumps")
     newest = dumps[-1]

@@ -35,13 +35,8 @@ def nearest(name: str, names: Iterable[str], most: int = 5) -> list[str]:
 
 def places(known: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
     """layer -> its place in execution; one that never ran itself stands where its parent does, and else last."""
-
-    def place(name: str) -> float:
-        while name not in known and "." in name:
-            name = name.rpartition(".")[0]
-        return known.get(name, math.inf)
-
-    return {layer: place(layer) for layer in layers}
+    # Without the root, which ends after everything else and so tells no place.
+    return {layer: next((known[name] for name in (layer, *parents(layer)[:-1]) if name in known), math.inf) for layer in layers}
 
 
 def parents(name: str) -> list[str]:

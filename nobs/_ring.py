@@ -26,7 +26,7 @@ from ._link import Link, link_for
 from ._names import safe_text
 from ._row import FIRST_TAP_LINE, LOSS_SCALE, LiveRow, rows_of
 from ._schema import Report
-from .errors import BadLoss, BadSetting, NotInstrumented, at_least_one, explain
+from .errors import BadLoss, BadSetting, NotInstrumented, explain, whole_number
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RingBuffer:
     """
 
     def __init__(self, model: nn.Module, *, capacity: int = 100) -> None:
-        self.capacity = at_least_one("capacity=...", "capacity", capacity, 100)
+        self.capacity = whole_number("capacity=...", "capacity", capacity, 100)
         self._off = _launch.disabled()
         self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
         self.waits = 0
@@ -121,7 +121,7 @@ class RingBuffer:
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 self.row.write_scalar(name, value)
             else:
-                on_host[name] = float(value.detach().item() if isinstance(value, Tensor) else value)
+                on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
         return _Record(step, time.time(), on_host, dict(self.row.written_scalars), _named(batch))
 
     def _make_room(self) -> int:
@@ -233,7 +233,7 @@ def checked_scalar(name: str, value: Any) -> Tensor | float:
 
 def _row_of(model: nn.Module) -> LiveRow:
     """The row of an instrumented model, found through whatever wraps it."""
-    rows = rows_of(model) if isinstance(model, nn.Module) else []
+    rows = rows_of(model)
     if len(rows) != 1:
         got = f"a {type(model).__name__} without taps" if not rows else f"a model with {len(rows)} parts instrumented apart"
         raise NotInstrumented(

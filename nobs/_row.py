@@ -152,7 +152,9 @@ class LiveRow:
         self._allocate(device)
 
 
-def rows_of(model: nn.Module) -> list[LiveRow]:
+def rows_of(model: object) -> list[LiveRow]:
     """The rows that the layers of a model write to, through whatever wraps it: none without taps, one as a rule."""
+    if not isinstance(model, nn.Module):
+        return []
     found = {id(row): row for module in model.modules() if (row := vars(module).get("_nobs_row")) is not None}
     return list(found.values())

@@ -16,7 +16,7 @@ from pathlib import Path
 from . import _codec
 from ._launch import installed_version
 from ._load import find, load
-from .errors import NobsError
+from .errors import NobsError, reason
 
 _EXAMPLES = """examples:
   nobs show crashes                        the newest dump below ./crashes
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         _silence_stdout()
-        print(f"nobs: cannot write to stdout: {error.strerror or error}", file=sys.stderr)
+        print(f"nobs: cannot write to stdout: {reason(error)}", file=sys.stderr)
         return 2
 
 
@@ -68,20 +68,21 @@ def _silence_stdout() -> None:
 
 def _show(options: argparse.Namespace) -> int:
     """Print the report of a dump."""
-    report = load(options.path)
+    dump = find(options.path)
+    report = load(dump)
     if options.json:
         print(_codec.dumps(report), end="")
         return 0
     from .render.terminal import print_report  # rich is not needed for --json
 
-    print_report(report, find(options.path))
+    print_report(report, dump)
     return 0
 
 
 def _plot(options: argparse.Namespace) -> int:
     """Draw a dump as PNG."""
-    report = load(options.path)
     dump = find(options.path)
+    report = load(dump)
     out = options.output or dump.with_suffix(".png")
     if out == dump:
         print(f"nobs: {out} is the dump itself; type -o FILE for another name", file=sys.stderr)
@@ -97,7 +98,7 @@ def _plot(options: argparse.Namespace) -> int:
             return 2
         save_png(report, out)
     except (OSError, ValueError) as error:  # a name with a NUL, numbers that no axis can hold
-        print(f"nobs: cannot write {out}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        print(f"nobs: cannot write {out}: {reason(error)}", file=sys.stderr)
         return 2
     print(out)
     return 0

@@ -81,7 +81,12 @@ def explain(did: str, got: str, expected: str, type_this: str) -> str:
     return f"{did}\n  got:      {got}\n  expected: {expected}\n  type:     {type_this}"
 
 
-def at_least_one(did: str, name: str, value: Any, default: int) -> int:
+def reason(error: Exception) -> str:
+    """What a failed reading or writing says of itself, without its number and path."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def whole_number(did: str, name: str, value: Any, default: int) -> int:
     """A setting that is a whole number of at least 1, of Python or NumPy, as an int.
 
     Raises:
