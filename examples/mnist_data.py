@@ -12,20 +12,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision_anyway import torchvision
 
 
 def _torchvision_mnist():
-    """`torchvision.datasets.mnist`, also where torchvision was built for another torch and its operators did not load.
-
-    Importing it registers fake kernels for `nms` and `qnms`; their schemas are all that is missing.
-    """
-    try:
-        torch.ops.torchvision.nms  # noqa: B018  asking is the test
-    except (AttributeError, RuntimeError):
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _torchvision_mnist.library = library  # a library that is collected takes its schemas along
+    """`torchvision.datasets.mnist`; ImportError without torchvision."""
+    torchvision()
     from torchvision.datasets import mnist
 
     return mnist

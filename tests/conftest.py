@@ -10,7 +10,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
-for name in ("tests/twin", "tests/nets", "tests/runs", "tests/samples", "tests/strategies", "examples/mnist_data"):
+for name in ("tests/twin", "tests/nets", "tests/runs", "tests/samples", "tests/strategies", "examples/torchvision_anyway", "examples/mnist_data"):
     module = (ROOT / name).with_suffix(".py")  # imported by name; import-mode importlib leaves sys.path alone
     spec = importlib.util.spec_from_file_location(module.stem, module)
     sys.modules[module.stem] = importlib.util.module_from_spec(spec)
