@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo import trace_rules
+from torch.fx.experimental import symbolic_shapes
 
 from ._columns import COLUMNS, DTYPES, FIRST, ZEROS
 
@@ -28,6 +30,18 @@ _SIGNS[[ZEROS, FIRST]] = -1
 
 _CHUNK = 1 << 15
 """Elements summed in float32 at a time. Longer plain float32 sums drift: 1e-4 off at a million equal elements."""
+
+_ROUNDED = {torch.float16: (65520.0, 2.0**-25), torch.bfloat16: (3.3961775292304957e38, 0.0)}
+"""Half dtype -> from where on its rounding gives infinity, and up to where it gives zero; for other dtypes infinity and 0.
+
+Inductor keeps a half value unrounded as long as it stays in registers, and there is where it is measured. What the user
+finds in memory is its rounding: 70000 in float16 is infinite.
+"""
+
+_KNOWN = f"{symbolic_shapes.__name__}.guard_or_false" in trace_rules.manual_torch_name_rule_map
+_surely = symbolic_shapes.guard_or_false if _KNOWN else lambda condition: condition
+"""Whether a condition on sizes holds; False where a size is data (rows chosen by a mask), on which no graph may branch.
+Before torch 2.9 Dynamo does not know it, and such layers do not compile."""
 
 
 def blank(lines: int, device: torch.device | str) -> Tensor:
@@ -45,7 +59,8 @@ def decode(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def measurable(x: Tensor) -> bool:
     """Whether a tensor has a norm: strided, floating or complex, of at least 16 bits (float8 has no arithmetic)."""
-    return x.layout == torch.strided and (x.is_floating_point() or x.is_complex()) and x.dtype.itemsize > 1
+    strided = x.layout == torch.strided and not x.is_nested
+    return strided and (x.is_floating_point() or x.is_complex()) and x.dtype.itemsize > 1
 
 
 def measure(x: Tensor, clock: Tensor | None = None) -> Tensor:
@@ -81,20 +96,26 @@ def _dtype_code(x: Tensor) -> float:
 
 def _in_graph(x: Tensor) -> Tensor:
     """norm, absmax, nan, posinf, neginf, -zeros: six reductions in one pass, `[6]` float32."""
-    if x.numel() == 0:
+    if _surely(x.numel() == 0):
         return x.new_zeros(6, dtype=torch.float32)
     if x.dim() == 0:
         x = x.reshape(1)
+    top, least = _ROUNDED.get(x.dtype, (math.inf, 0.0))
     dims = _row_dims(x)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     # Comparisons, not isnan and isfinite: Inductor vectorises them, and a whole tap costs half.
-    finite = torch.where(x.abs() < math.inf, x, 0).to(torch.promote_types(x.dtype, torch.float32))
+    finite = torch.where(x.abs() < top, x, 0)
     squares = (finite * finite).sum(dims) if dims else finite.double().square()
-    masks = (x != x, x == math.inf, x == -math.inf, x == 0)
+    masks = (x != x, x >= top, x <= -top, x.abs() <= least)
     counts = [mask.to(torch.float32).sum(dims or None).sum() for mask in masks]
     # With no finite value there is no norm; NaN outlasts any fold, as the worst that the step saw.
-    norm = torch.where(counts[0] + counts[1] + counts[2] < x.numel(), squares.sum(dtype=_widest(x)).sqrt(), math.nan)
-    absmax = finite.abs().amax(dims or ()).amax()
-    return torch.stack([norm.float(), absmax.float(), *counts[:3], -counts[3] / x.numel()])
+    elements, peaks = x.numel(), finite.abs()
+    if not _surely(elements > 0):  # a size that is data may turn out to be zero, of which there is no mean and no maximum
+        elements, peaks = max(elements, 1), torch.cat([peaks.flatten(), peaks.new_zeros(1)])
+        dims = ()
+    norm = torch.where(counts[0] + counts[1] + counts[2] < elements, squares.sum(dtype=_widest(x)).sqrt(), math.nan)
+    absmax = peaks.amax(dims).amax()
+    return torch.stack([norm.float(), absmax.float(), *counts[:3], -counts[3] / elements])
 
 
 def _row_dims(x: Tensor) -> tuple[int, ...]:
@@ -105,7 +126,7 @@ def _row_dims(x: Tensor) -> tuple[int, ...]:
     if x.dim() < 2 or x.dtype == torch.float64:
         return ()
     dims = tuple(range(2, x.dim())) if x.dim() > 3 else (x.dim() - 1,)
-    return dims if math.prod([x.shape[d] for d in dims]) <= _CHUNK else ()
+    return dims if _surely(math.prod([x.shape[d] for d in dims]) <= _CHUNK) else ()
 
 
 def _widest(x: Tensor) -> torch.dtype:
@@ -122,7 +143,8 @@ def _on_host(x: Tensor) -> tuple[float, float, float, float, float, float]:
     flat = x.reshape(-1)
     squares = nan = posinf = neginf = zeros = 0.0
     for part in torch.split(flat, _CHUNK):  # a chunk stays in the cache from the first pass to the second
-        squares += float(torch.dot(part, part))
+        # Not dot: as fast, but on one thread it adds up in a straight line, and is 1e-5 off where all elements are equal.
+        squares += float((part * part).sum())
         # NumPy's, without a branch an element: torch.count_nonzero takes 25 times as long where half the values are zero.
         zeros += np.count_nonzero(part.numpy() == 0)
     if not math.isfinite(squares):
