@@ -3,84 +3,115 @@
 The first parameter that receives its gradient asks the autograd engine to call back when backward is done. That is before
 any clipping, unscaling, step or zero_grad, whatever the order of the user's calls, and outside every compiled graph.
 
-A gradient accumulates in `.grad`, so a later backward of the step overwrites the reading of an earlier one, unless `.grad`
-was written to in between (zeroed, clipped, replaced): then the two fold, and the step shows the worse. A parameter's value
-is its first reading of the step: as the optimizer was about to find it.
+What counts is what an update uses. A gradient accumulates in `.grad`, so a later backward of the step overwrites the reading
+of an earlier one, until an optimizer has updated the parameter. Then the reading stands, and folds with that of the step's
+next update, if there is one; what a backward leaves behind that no update uses, as the generator's leaves in the
+discriminator, is no reading. A parameter's value is its first reading of the step: as the optimizer was about to find it.
+
+That an update came is known from the optimizer, if it was given to the Recorder and has told of a step; else from the
+parameter, if it was written to since.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _stats
 from ._row import FIRST_TAP_LINE, LiveRow
 
 
-class _Reading(NamedTuple):
-    """The last reading of a gradient: since which blanking of the row, of which memory in which version, what it folds with."""
+class _Watched:
+    """A parameter, found by its layer and name and held weakly: the model is free to die, and to replace it.
 
-    blanks: int
-    address: int
-    version: int
-    floor: Tensor | None
+    Attributes:
+        line: of its value in the row; its gradient's is the next.
+        blanks: since which blanking of the row the last gradient was read.
+        version: how often the parameter had been written to at that reading.
+        used: an optimizer has said that it used that reading.
+        told: there is an optimizer that says so.
+        floor: what the step's updates so far have used; None before the first.
+        valued: since which blanking of the row the value was read.
+    """
+
+    __slots__ = ("blanks", "floor", "handle", "layer", "line", "name", "parameter", "told", "used", "valued", "version")
+
+    def __init__(self, layer: nn.Module, name: str, line: int) -> None:
+        self.layer, self.name, self.line = weakref.ref(layer), name, line
+        self.parameter: Callable[[], Tensor | None] = lambda: None
+        self.handle: RemovableHandle | None = None
+        self.blanks = self.valued = -1
+        self.version = 0
+        self.floor: Tensor | None = None
+        self.used = self.told = False
+
+    def now(self) -> Tensor | None:
+        """The parameter that the layer has by this name now, if it has memory."""
+        layer = self.layer()
+        parameter = None if layer is None else layer._parameters.get(self.name)
+        return None if parameter is None or is_lazy(parameter) else parameter
+
+    def updated(self, parameter: Tensor) -> bool:
+        """Whether an update has used the last reading."""
+        return self.used or (not self.told and _version(parameter) != self.version)
 
 
 class GradientWatch:
-    """Writes the lines of parameters and of their gradients into a row.
-
-    Knows parameters by their layer and name, held weakly: the model is free to die, and to replace them.
-    """
+    """Writes the lines of parameters and of their gradients into a row."""
 
     def __init__(self, row: LiveRow, parameters: list[tuple[nn.Module, str, int]]) -> None:
         """Watch parameters, given as layer, own name, and line in the table; the gradient's line is the next."""
         self._row = row
-        self._places = [(weakref.ref(layer), name, tap) for layer, name, tap in parameters]
-        self._taps: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
-        self._handles: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
-        self._readings: MutableMapping[Tensor, _Reading] = WeakIdKeyDictionary()
-        self._valued: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
-        self._touched: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._watched = [_Watched(layer, name, FIRST_TAP_LINE + tap) for layer, name, tap in parameters]
+        self._touched: dict[int, list[_Watched]] = {}
+        self._passing: list[tuple[_Watched, int]] = []
+        self._unsettled: list[_Watched] = []
+        self._read_since = -1
+        # Of several threads that run backward the last to read has the whole gradient: it must also be the last to write.
+        self._writing = threading.RLock()
         self.hook()
 
     def hook(self) -> None:
         """Put a hook on every parameter that asks for a gradient and has none: new ones, and those unfrozen since."""
-        for parameter, tap in self._parameters():
-            self._hook(parameter, tap)
+        for watched in self._watched:
+            layer = watched.layer()
+            parameter = None if layer is None else layer._parameters.get(watched.name)
+            if parameter is not None:
+                self._hook(watched, parameter)
 
-    def _hook(self, parameter: Tensor, tap: int) -> None:
-        if parameter.requires_grad and parameter not in self._handles:
-            self._taps[parameter] = tap
-            register = parameter.register_post_accumulate_grad_hook
-            earlier = list((parameter._post_accumulate_grad_hooks or {}).items())
-            self._handles[parameter] = register(self._arm)  # type: ignore[no-untyped-call]
+    def _hook(self, watched: _Watched, parameter: Tensor) -> bool:
+        """Whether the parameter had no hook, and has one now."""
+        if not parameter.requires_grad or watched.parameter() is parameter:
+            return False
+        if watched.handle is not None:
+            watched.handle.remove()
+        watched.parameter = weakref.ref(parameter)
+        with torch._C.DisableTorchFunctionSubclass():  # a lazy parameter refuses everything else until it has a shape
+            watched.handle = parameter.register_post_accumulate_grad_hook(partial(self._arm, watched))  # type: ignore[no-untyped-call]
             hooks: Any = parameter._post_accumulate_grad_hooks
-            for key, hook in earlier:  # behind an optimizer in the backward the gradient is gone: to the front
-                del hooks[key]
-                hooks[key] = hook
+        for key in list(hooks)[:-1]:  # behind an optimizer in the backward the gradient is gone: to the front
+            hooks[key] = hooks.pop(key)
+        return True
 
     def remove(self) -> None:
         """Take all hooks off."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        self._places.clear()
+        for watched in self._watched:
+            if watched.handle is not None:
+                watched.handle.remove()
+        self._watched.clear()
 
-    def _parameters(self) -> Iterator[tuple[Tensor, int]]:
-        for reference, name, tap in self._places:
-            layer = reference()
-            parameter = None if layer is None else layer._parameters.get(name)
-            if parameter is not None:
-                yield parameter, tap
+    # Inside a compiled training step backward runs under Dynamo's eyes, which has nothing to compile in these two.
 
-    def _arm(self, parameter: Tensor) -> None:
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _arm(self, watched: _Watched, parameter: Tensor) -> None:
         """One call per parameter and backward: note it, and ask for one callback per backward.
 
         The engine numbers its backwards, and nested ones (reentrant checkpointing) have numbers of their own.
@@ -96,64 +127,107 @@ class GradientWatch:
         if not self._row.recording:
             return
         hooks = parameter._post_accumulate_grad_hooks
-        if hooks is not None and len(hooks) > 1:  # an optimizer in the backward: behind this hook the gradient is gone
-            self._guarded(partial(self._write_now, parameter))
+        if hooks is not None and len(hooks) > 1:  # maybe an optimizer in the backward: behind this hook the gradient is gone
+            self._guarded(partial(self._write_now, watched, parameter))
         else:
-            self._touched[task].append(weakref.ref(parameter))
+            self._touched.setdefault(task, []).append(watched)
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _read(self, task: int) -> None:
         """The callback at the end of a backward."""
-        references = self._touched.pop(task, [])
+        touched = self._touched.pop(task, [])
         if self._row.paused:  # this backward leads to no update of the recorded run
             return
-        before_update = self._row.before_update and self._row.before_update()
-        if before_update is not None:
-            self._guarded(before_update)
+        note = None if self._row.before_update is None else self._row.before_update()
+        if note is not None:
+            self._guarded(note)
         if self._row.recording:
-            self._guarded(partial(self._write, [p for p in (ref() for ref in references) if p is not None]))
+            self._guarded(partial(self._write, touched))
 
-    def _guarded(self, write: Any) -> None:
+    def _guarded(self, write: Callable[[], None]) -> None:
         """nobs must never end a run: on an error recording stops, and the recorder says so once."""
         try:
-            with torch.no_grad():  # under create_graph the engine runs callbacks with grad mode on
+            with self._writing, torch.no_grad():  # under create_graph the engine runs callbacks with grad mode on
                 write()
         except Exception as error:
             self._row.give_up(error)
 
-    def _write(self, touched: list[Tensor]) -> None:
-        for parameter in touched:
-            self._write_gradient(parameter)
-        for parameter, tap in self._parameters():  # those without a gradient in this backward too
-            self._write_value(parameter, tap)
-            self._hook(parameter, tap)
+    def _write(self, touched: list[_Watched]) -> None:
+        for watched, version in self._passing:  # what hooks of others have done to the gradients read in passing
+            gradient = getattr(watched.now(), "grad", None)
+            watched.used = gradient is None or _version(gradient) != version
+        self._passing.clear()
+        self._note_updates()
+        for watched in touched:
+            parameter = watched.now()
+            if parameter is not None:
+                self._write_gradient(watched, parameter)
+        for watched in self._watched:  # those without a gradient in this backward too
+            parameter = watched.now()
+            if parameter is not None:
+                self._write_value(watched, parameter)
+                if self._hook(watched, parameter):  # unfrozen since, or put in place of another
+                    self._write_gradient(watched, parameter)
 
-    def _write_now(self, parameter: Tensor) -> None:
-        self._write_gradient(parameter)
-        self._write_value(parameter, self._taps[parameter])
+    def _write_now(self, watched: _Watched, parameter: Tensor) -> None:
+        self._write_gradient(watched, parameter)
+        self._write_value(watched, parameter)
+        if parameter.grad is not None:
+            self._passing.append((watched, _version(parameter.grad)))
 
-    def _write_gradient(self, parameter: Tensor) -> None:
-        gradient, blanks = parameter.grad, self._row.blanks
-        if gradient is None:
+    def _note_updates(self) -> None:
+        """Which readings have been used by the optimizers that stepped since the last backward, and which would be told."""
+        stepped = [optimizer for ref in self._row.stepped.values() if (optimizer := ref()) is not None]
+        self._row.stepped.clear()
+        if self._read_since == self._row.blanks:  # before the step's first backward there is nothing to use
+            telling = [optimizer for ref in self._row.telling.values() if (optimizer := ref()) is not None]
+            updated, told = _parameters_of(stepped), _parameters_of(telling)
+            for watched in self._watched if told else ():
+                name = id(watched.now())
+                watched.used, watched.told = watched.used or name in updated, name in told
+        self._read_since = self._row.blanks
+
+    def _write_gradient(self, watched: _Watched, parameter: Tensor) -> None:
+        if parameter.grad is None:
             return
-        address = gradient.data_ptr() if gradient.layout == torch.strided else 0
-        last = self._readings.get(parameter)
-        line = self._row.values[FIRST_TAP_LINE + self._taps[parameter] + 1]
-        floor = None
-        if last is not None and last.blanks == blanks:
-            # Accumulating is one in-place write. A new tensor starts at version 0, zeroing and adding makes two.
-            goes_on = (address, gradient._version) == (last.address, last.version + 1)
-            floor = last.floor if goes_on else line.clone()
-        self._readings[parameter] = _Reading(blanks, address, gradient._version, floor)
-        measured = _measured(gradient)
+        line = self._row.values[watched.line + 1]
+        if watched.blanks != self._row.blanks:
+            watched.floor = None
+        elif watched.updated(parameter):
+            watched.floor = line.clone()
+            self._unsettled.append(watched)
+        watched.blanks, watched.version, watched.used = self._row.blanks, _version(parameter), False
+        measured = _measured(parameter.grad)
         if measured is not None:
-            line.copy_(measured if floor is None else torch.maximum(floor, measured))
+            line.copy_(measured if watched.floor is None else torch.maximum(watched.floor, measured))
 
-    def _write_value(self, parameter: Tensor, tap: int) -> None:
-        if self._valued.get(parameter) != self._row.blanks:
-            self._valued[parameter] = self._row.blanks
+    def settle(self) -> None:
+        """Take back the readings that came behind an update and led to none; before the row is sent."""
+        if not self._unsettled:
+            return
+        self._note_updates()
+        for watched in self._unsettled:
+            parameter = watched.now()
+            if parameter is None or watched.floor is None or watched.blanks != self._row.blanks:  # of a dropped step
+                continue
+            if not watched.updated(parameter):
+                self._row.values[watched.line + 1].copy_(watched.floor)
+        self._unsettled.clear()
+
+    def _write_value(self, watched: _Watched, parameter: Tensor) -> None:
+        if watched.valued != self._row.blanks:
+            watched.valued = self._row.blanks
             measured = _measured(parameter)
             if measured is not None:
-                self._row.values[FIRST_TAP_LINE + tap].copy_(measured)
+                self._row.values[watched.line].copy_(measured)
+
+
+def _parameters_of(optimizers: list[torch.optim.Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _measured(tensor: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ ring behind, which is counted. On CPU the ring is the host memory itself, and ev
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from ._link import Link, link_for
 from ._names import safe_text
 from ._row import FIRST_TAP_LINE, LOSS_SCALE, LiveRow, rows_of
 from ._schema import Report
-from .errors import BadLoss, BadSetting, NotInstrumented, explain, whole_number
+from .errors import BadLoss, BadSetting, NobsWarning, NotInstrumented, explain, whole_number
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class RingBuffer:
         self._off = _launch.disabled()
         self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
         self.waits = 0
+        self._said = False
         self._device = self.row.values.device
         self._link = self._new_link()
         self.row.owned_by(self)  # last: a ring that could not be made takes nothing from another
@@ -91,6 +93,9 @@ class RingBuffer:
         """
         if self._off:
             return
+        if self.row.broken is not None and not self._said:
+            self._said = True
+            warnings.warn(f"nobs stopped recording, the training goes on: {self.row.broken!r}", NobsWarning, stacklevel=2)
         given = {"loss": loss, **scalars} if loss is not None else scalars
         self.close_step(step, {name: checked_scalar(name, value) for name, value in given.items()}, batch)
 
@@ -108,6 +113,7 @@ class RingBuffer:
         given = {name: value for name, value in scalars.items() if value is not None}
         with torch.no_grad():  # a recording is no part of the user's graph
             record = self._write_scalars(step, given, batch)
+            self.row.settle()
             place = self._make_room()
             self._link.send(self.row.values, place)
         self._records.append(record)
@@ -239,4 +245,5 @@ def _row_of(model: nn.Module) -> LiveRow:
         raise NotInstrumented(
             explain("recording a model", got, "a model instrumented once, before torch.compile", "model = nobs.instrument(model)")
         )
+    rows[0].follow(model)
     return rows[0]

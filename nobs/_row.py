@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,16 @@ _REHOOK = 50
 """Every so many steps parameters that were replaced, or unfrozen while no other was trained, are looked for."""
 
 
+class Watch(Protocol):
+    """What writes parameters and their gradients into a row: looks for new parameters, settles its readings, lets go."""
+
+    def hook(self) -> None: ...
+    def settle(self) -> None: ...
+    def remove(self) -> None: ...
+
+
 class LiveRow:
-    """Where the taps of one model write.
+    """Where the taps of one model write. Not copied and not pickled with a layer: there comes None.
 
     Attributes:
         table: what each line after the reserved ones means.
@@ -44,8 +53,9 @@ class LiveRow:
         recording: the switch. Compiled code guards on it, so it has two values and a model two graphs at the most.
         before_update: a weak method, called at the end of each backward, before the optimizer: there the recorder notes the
             learning rate.
-        rehook: looks for parameters that were replaced or unfrozen.
-        release: takes the hooks off the parameters again.
+        watch: what writes the lines of parameters.
+        stepped: the optimizers that have stepped since the last backward, by their id; `telling`: all that ever told so.
+        broken: the error of nobs that ended the recording.
         owner: a weak reference to the ring that reads this row.
         written_scalars: the device scalars of the running step, and where they stand.
     """
@@ -58,8 +68,9 @@ class LiveRow:
         self.recording = True
         self.broken: Exception | None = None
         self.before_update: weakref.WeakMethod[Callable[[], None]] | None = None
-        self.rehook: Callable[[], None] | None = None
-        self.release: Callable[[], None] | None = None
+        self.watch: Watch | None = None
+        self.stepped: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
+        self.telling: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self.owner: Callable[[], object] | None = None
         self.written_scalars: dict[str, tuple[int, int]] = {}
         self._pauses = 0
@@ -81,9 +92,26 @@ class LiveRow:
         view = self.values[line, :size]
         return view.clone() if view.is_meta else from_dlpack(view)
 
-    def slot(self, tap: int) -> Tensor:
-        """The slot that the tap of this number in the table writes to, `[8]`."""
-        return self._slot(FIRST_TAP_LINE + tap)
+    def bind(self, layer: nn.Module, tap: int | None) -> None:
+        """Give a layer the slots of its output (line `tap`; None: it has none) and of the output's gradient (the next line).
+
+        Plain attributes, and not buffers: invisible to state_dict, DDP, FSDP and optimizers, and taken as static memory by
+        CUDA graphs because they are reached through a module.
+        """
+        own = vars(layer)  # not by setattr, which may be the user's
+        own["_nobs_row"], own["_nobs_tap"] = self, tap
+        if tap is not None:
+            own["_nobs_output"], own["_nobs_output_grad"] = (self._slot(FIRST_TAP_LINE + line) for line in (tap, tap + 1))
+
+    def follow(self, model: nn.Module) -> None:
+        """Go where the parameters of the model are by now: `load_state_dict(assign=True)` takes them from meta, unseen."""
+        layers = [layer for layer in model.modules() if vars(layer).get("_nobs_row") is self]
+        parameters = (p for layer in layers for p in layer._parameters.values() if p is not None)
+        device = next((p.device for p in parameters), self.values.device)
+        if device != self.values.device:
+            self._allocate(device)
+            for layer in layers:
+                self.bind(layer, vars(layer)["_nobs_tap"])
 
     def write_scalar(self, name: str, value: Tensor) -> None:
         """Put a scalar tensor into the row without asking for its value; the first use of a name takes a free place."""
@@ -106,16 +134,16 @@ class LiveRow:
         self.owner = weakref.ref(ring)
         self.steps = 0
         self.blank()
-        if self.rehook is not None:  # a checkpoint loaded by assignment has replaced the parameters
-            self.rehook()
+        if self.watch is not None:  # a checkpoint loaded by assignment has replaced the parameters
+            self.watch.hook()
         self._set_switch()
 
     def next_step(self) -> None:
         """Begin the next step: blank lines, clock at zero, and the switch for that step."""
         self.blank()
         self.steps += 1
-        if self.rehook is not None and self.steps % _REHOOK == 0:
-            self.rehook()
+        if self.watch is not None and self.steps % _REHOOK == 0:
+            self.watch.hook()
         self._set_switch()
 
     def blank(self) -> None:
@@ -127,7 +155,14 @@ class LiveRow:
         with torch.no_grad():  # never part of the user's graph
             self.values.copy_(self._blank)
         self.written_scalars.clear()
+        self.stepped.clear()
         self.blanks += 1
+
+    def settle(self) -> None:
+        """Nothing more runs in this step: make the readings final."""
+        if self.watch is not None:
+            with torch.no_grad():
+                self.watch.settle()
 
     def pause(self, paused: bool) -> None:
         """Stop the taps until further notice, or take one such word back; pauses nest."""
@@ -150,6 +185,12 @@ class LiveRow:
     def move(self, device: torch.device) -> None:
         """Follow the model to another device. What the running step recorded so far is lost."""
         self._allocate(device)
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def rows_of(model: object) -> list[LiveRow]:

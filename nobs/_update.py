@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ._row import LOSS_SCALE, LiveRow
 from .errors import BadSetting, explain
@@ -43,15 +45,23 @@ class UpdateWatch:
             )
         self._scaler = scaler
         self._rates: dict[str, float] | None = None
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._handles)
 
     def attach(self) -> None:
-        """Ask the row to be called at the end of each backward. Weakly: it must not keep an optimizer alive."""
+        """Ask the row to be called at the end of each backward, and the optimizers to tell of each step. Keeps none alive."""
         self._row.before_update = weakref.WeakMethod(self.note)
+        if not self._handles:
+            tell = partial(_note_step, weakref.ref(self._row))
+            for optimizer in map(_innermost, self._optimizers):
+                if hasattr(optimizer, "_optimizer_step_post_hooks"):
+                    self._handles.append(optimizer.register_step_post_hook(tell))
 
     def detach(self) -> None:
         """Take that back, unless somebody else has asked since."""
         if self._row.before_update == weakref.WeakMethod(self.note):
             self._row.before_update = None
+        _remove(self._handles)
 
     def note(self) -> None:
         """Look at the rates and the scale now."""
@@ -79,6 +89,25 @@ class UpdateWatch:
     def forget(self) -> None:
         """The running step is dropped."""
         self._rates = None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer that steps, inside wrappers (Lookahead and its like) that keep it under this name."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, torch.optim.Optimizer) and inner is not optimizer else optimizer
+
+
+def _note_step(row: weakref.ref[LiveRow], optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """An optimizer has stepped. Fused ones, and those that write through `.data`, do not count their writes."""
+    told = None if torch.compiler.is_compiling() else row()  # a compiled step counts them, and must not be changed
+    if told is not None:
+        told.stepped[id(optimizer)] = told.telling[id(optimizer)] = weakref.ref(optimizer)
 
 
 def _as_list(optimizer: Any) -> list[torch.optim.Optimizer]:

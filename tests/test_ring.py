@@ -267,6 +267,15 @@ def test_the_ring_follows_the_model():
     assert ring.history()["(model)", "output", "elements"].tolist() == [2]
 
 
+def test_a_ring_says_once_that_recording_has_stopped(model):
+    """nobs failed inside a tap: a hand-written loop hears of it, once, and goes on."""
+    ring = nobs.RingBuffer(model)
+    ring.row.give_up(RuntimeError("planted"))
+    with pytest.warns(nobs.NobsWarning, match="stopped recording.*planted"):
+        ring.add(0, 0.0)
+    ring.add(1, 0.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: events and pinned memory are not seen on a CPU")
 def test_pinned_rows_arrive_without_a_sync():
