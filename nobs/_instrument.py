@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import _names, _taps
+from . import _names, _tapped
 from ._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from ._gradients import GradientWatch
 from ._history import Tap, TapTable
@@ -72,7 +72,6 @@ def instrument(model: Model, *, layers: Select | Iterable[Select] | None = None,
                 "layers=nn.ReLU, say, to record layers without parameters" if layers is None else "layers=None for all layers",
             )
         )
-    _refuse_lazy(chosen)
     _warn_if_compiled(model)
     _attach(chosen, every)
     return model
@@ -96,20 +95,20 @@ def uninstrument(model: Model) -> Model:
                 "model = nobs.instrument(model)",
             )
         )
-    tapped = [module for module in model.modules() if "_nobs_row" in vars(module)]
-    _refuse_parametrized(tapped)
+    tapped = [module for module in model.modules() if vars(module).get("_nobs_row") is not None]
+    _refuse_changed(tapped)
     for row in rows:
         row.pause(True)  # a recorder that still holds the row records nothing from here on
-        if row.release is not None:
-            row.release()
+        if row.watch is not None:
+            row.watch.remove()
     for module in tapped:
-        _taps.unbind(module)
+        _tapped.take_out(module)
     return model
 
 
 def _refuse_second_time(named: Named) -> None:
     for name, module in named.items():
-        if "_nobs_row" in vars(module):
+        if vars(module).get("_nobs_row") is not None:
             raise AlreadyInstrumented(
                 explain(
                     "nobs.instrument(model)",
@@ -120,29 +119,15 @@ def _refuse_second_time(named: Named) -> None:
             )
 
 
-def _refuse_lazy(chosen: Named) -> None:
-    for name, module in chosen.items():
-        own = (*module._parameters.values(), *module._buffers.values())
-        if any(nn.parameter.is_lazy(tensor) for tensor in own if tensor is not None):
-            raise BadSetting(
-                explain(
-                    "nobs.instrument(model)",
-                    f"the lazy layer {name!r}, whose parameters do not exist yet",
-                    "layers that have run once",
-                    "model(example_input), and then nobs.instrument(model)",
-                )
-            )
-
-
-def _refuse_parametrized(tapped: list[nn.Module]) -> None:
+def _refuse_changed(tapped: list[nn.Module]) -> None:
     for module in tapped:
-        if "_nobs_plain" not in vars(type(module)):
+        if not _tapped.can_be_taken_out(module):
             raise BadSetting(
                 explain(
                     "nobs.uninstrument(model)",
                     f"a {type(module).__name__} whose class was changed again after nobs.instrument",
                     "the class that nobs gave it",
-                    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, say",
+                    "undo first what changed it (fully_shard, say), or load the state_dict into a new model",
                 )
             )
 
@@ -153,7 +138,7 @@ def _attach(chosen: Named, every: int) -> None:
     outputs: list[tuple[nn.Module, int | None]] = []
     parameters: dict[nn.Parameter, tuple[nn.Module, str, int]] = {}
     for name, module in chosen.items():
-        kind = type(module).__name__
+        kind = _tapped.plain_name(module)
         outputs.append((module, len(taps) if _has_output(name, module) else None))
         if outputs[-1][1] is not None:
             taps += [Tap(name, kind, "output", OUTPUT), Tap(name, kind, "output.grad", OUTPUT_GRAD)]
@@ -163,12 +148,11 @@ def _attach(chosen: Named, every: int) -> None:
                 site = f"parameter {key}" if key == "output" else key
                 taps += [Tap(name, kind, site, PARAMETER), Tap(name, kind, f"{site}.grad", PARAMETER_GRAD)]
     row = LiveRow(TapTable(tuple(taps)), _device(chosen), every)
-    classes = [_tapped_class(name, module) for name, module in chosen.items()]  # may refuse: before anything is changed
-    watch = GradientWatch(row, list(parameters.values()))
-    row.rehook, row.release = watch.hook, watch.remove
-    for (module, tap), tapped in zip(outputs, classes, strict=True):
-        module.__class__ = tapped
-        _taps.bind(module, row, tap)
+    for name, module in chosen.items():
+        _refuse_unwilling(name, module)  # before anything is changed
+    row.watch = GradientWatch(row, list(parameters.values()))
+    for module, tap in outputs:
+        _tapped.put_in(module, row, tap)
 
 
 def _has_output(name: str, module: nn.Module) -> bool:
@@ -184,9 +168,9 @@ def _has_output(name: str, module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _tapped_class(name: str, module: nn.Module) -> type[nn.Module]:
+def _refuse_unwilling(name: str, module: nn.Module) -> None:
     try:
-        return _taps.tapped_class(type(module))
+        _tapped.tapped_type(module)
     except TypeError as error:  # a metaclass or an __init_subclass__ of the user's
         raise BadSetting(
             explain(
