@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, NEGINF, OUTPUT, PARAMETER, STATISTICS, Floats, read
 from ._names import safe_text
+from ._order import execution_order
 from .errors import UnknownLayer, explain
 
 
@@ -191,27 +192,28 @@ class History:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The layers in execution order; those that never ran come last, in the order of registration."""
+        if not len(self.table):
+            return ()
         groups: dict[str, list[int]] = {}
         for line, tap in enumerate(self.table.taps):
             groups.setdefault(tap.layer, []).append(line)
-        order = {name: self._first_run(lines) for name, lines in groups.items()}
-        ranked = sorted(groups, key=lambda name: order[name])
+        names = list(groups)
+        order = [names[i] for i in execution_order(np.stack([self._first_runs(lines) for lines in groups.values()], axis=1))]
+        never = [name for name in names if name not in set(order)]
         return tuple(
             Layer(
                 name,
                 self.table.taps[groups[name][0]].layer_type,
-                i if np.isfinite(order[name]) else None,
+                i if i < len(order) else None,
                 self._sites(groups[name]),
             )
-            for i, name in enumerate(ranked)
+            for i, name in enumerate([*order, *never])
         )
 
-    def _first_run(self, lines: list[int]) -> float:
-        """The latest first run of the layer's output: its place in the step that ran the most layers before it."""
+    def _first_runs(self, lines: list[int]) -> Floats:
+        """When the output of a layer first ran, by step."""
         outputs = [line for line in lines if self.table.taps[line].kind == OUTPUT]
-        ran = self.values[:, outputs, FIRST] if len(self) else np.empty(0)
-        ran = ran[np.isfinite(ran)]
-        return float(ran.max()) if ran.size else np.inf
+        return self.values[:, outputs[0], FIRST] if outputs else np.full(len(self), np.inf)
 
     def _sites(self, lines: list[int]) -> dict[str, Site]:
         """The sites that ran."""
