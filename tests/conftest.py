@@ -10,7 +10,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 
-for name in ("tests/twin", "tests/nets", "tests/runs", "tests/samples", "tests/strategies", "examples/torchvision_anyway", "examples/mnist_data"):
+EXAMPLES = ("torchvision_anyway", "mnist_data")
+TESTS = ("twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies")
+for name in (*(f"examples/{name}" for name in EXAMPLES), *(f"tests/{name}" for name in TESTS)):  # each imports those before it
     module = (ROOT / name).with_suffix(".py")  # imported by name; import-mode importlib leaves sys.path alone
     spec = importlib.util.spec_from_file_location(module.stem, module)
     sys.modules[module.stem] = importlib.util.module_from_spec(spec)
@@ -20,6 +22,20 @@ for name in ("tests/twin", "tests/nets", "tests/runs", "tests/samples", "tests/s
 settings.register_profile("nobs", deadline=None, derandomize=True)
 settings.register_profile("hunt", deadline=None, max_examples=2000)
 settings.load_profile("nobs")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="every mode with every model, half an hour; else a subset of them")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of mode x model, of whatever ran of it."""
+    cells = [dict(report.user_properties) for report in terminalreporter.getreports("passed") if report.user_properties]
+    cells = [cell for cell in cells if "mode" in cell]
+    if cells:
+        terminalreporter.section("mode x model: largest relative error of a statistic, graphs and breaks (without nobs -> with)")
+        for cell in sorted(cells, key=lambda cell: (cell["model"], cell["mode"])):
+            terminalreporter.write_line("{model:18} {mode:30} {backend:10} {error:7.1e}  {graphs}".format(**cell))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,93 @@
+"""Every way to train x every model: each number is the twin's, and graphs, losses and parameters are as without nobs.
+
+A covering subset here; all of it with `pytest --matrix`, or `tox run -e matrix`.
+"""
+
+import itertools
+
+import pytest
+import torch
+from modes import MODES, run
+from twin import furthest
+from zoo import OWN, ZOO
+
+BOUND = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "": 1e-5}
+"""The largest relative error. Inductor measures half-precision values before they are rounded to their 8 or 11 bits."""
+
+EAGER = [name for name, mode in MODES.items() if not mode.compiled]
+COMPILED = [name for name, mode in MODES.items() if mode.compiled]
+SMALL = [name for name, specimen in ZOO.items() if not specimen.large]
+LARGE = [name for name, specimen in ZOO.items() if specimen.large]
+
+KERNELS = ["compiled", "compiled blocks", "compiled, dynamic", "compiled, scaler"]
+WITH_KERNELS = {*itertools.product(OWN, KERNELS), *itertools.product(SMALL, ["compiled"]), ("resnet18", "compiled")}
+"""Compiled to the last, by Inductor, and not only up to its kernels. Those take a minute where all before takes seconds."""
+
+REFUSED = (
+    ("lstm", ("fp16", "scaler"), "torch's CPU LSTM has no float16"),
+    ("bfloat16", ("fp16", "scaler"), "bfloat16 parameters under float16 autocast"),
+    ("complex", ("scaler",), "complex gradients in a GradScaler"),
+    ("remembering", ("checkpoint inside", "selective inside"), "state kept on self in a compiled checkpoint"),
+)
+"""What torch itself refuses, without nobs as well: model, modes, and what it does not take."""
+
+
+def refused(name, mode):
+    return any(name == model and any(part in mode for part in modes) for model, modes, _ in REFUSED)
+
+
+def covering():
+    """Every model in eager, in one more eager mode and in one compiled mode; every mode with some model."""
+    for i, name in enumerate(SMALL):
+        yield name, "eager"
+        yield name, EAGER[1 + i % (len(EAGER) - 1)]
+        yield name, COMPILED[i % len(COMPILED)]
+    yield from ((name, "eager") for name in LARGE)
+
+
+def everything():
+    yield from itertools.product(SMALL, MODES)
+    yield from itertools.product(LARGE, [*EAGER, "compiled", "compiled blocks"])
+
+
+def pytest_generate_tests(metafunc):
+    cells = everything() if metafunc.config.getoption("--matrix") else covering()
+    metafunc.parametrize(("name", "mode"), [cell for cell in dict.fromkeys(cells) if not refused(*cell)])
+
+
+def test_a_cell(name, mode, request, record_property, tmp_path):
+    """GIVEN a model and a way to train it, THEN nobs reads what is there, and changes nothing."""
+    specimen, way = ZOO[name], MODES[mode]
+    full = request.config.getoption("--matrix")
+    kernels = (name, mode) in WITH_KERNELS and (full or (mode == "compiled" and name in OWN))
+    backend = "" if not way.compiled else "inductor" if kernels else "aot_eager_decomp_partition"
+
+    # Where that is cheap, or kernels are made, nobs runs without the twin as well; elsewhere the twin watches both.
+    alone = not way.compiled or mode == "compiled" or way.every > 1 or specimen.large
+    plain = run(specimen, way, observed=False, watched=not alone, backend=backend)
+    watched = run(specimen, way, observed=True, watched=True, backend=backend, directory=tmp_path)
+    ours = run(specimen, way, observed=True, backend=backend, directory=tmp_path) if alone else watched
+
+    more = 1 if way.every > 1 and way.compiled and plain.graphs[0] else 0
+    assert ours.graphs == (plain.graphs[0] * (1 + more), plain.graphs[1]), (plain.graphs, ours.graphs)
+    assert_same(ours, plain, exact=not kernels)
+    if alone and not specimen.large:
+        assert_same(watched, plain, exact=not kernels)
+    half = "bfloat16" if "bf16" in mode or name == "bfloat16" else "float16" if "fp16" in mode or way.scaler else ""
+    error, where = max(furthest(row, lines) for row, lines in zip(watched.rows, watched.lines, strict=True))
+    assert len(ours.rows) == len(way.sizes)
+    assert error <= BOUND[half if kernels else ""], where
+    assert not way.compiled or plain.graphs[0] > 0 or not specimen.fullgraph
+    graphs = f"{plain.graphs} -> {ours.graphs}"
+    for key, value in {"model": name, "mode": mode, "backend": backend[:9], "error": float(error), "graphs": graphs}.items():
+        record_property(key, value)
+
+
+def assert_same(ours, plain, exact):
+    """Losses, parameters and buffers: bit for bit, or where kernels were made anew, with taps in them, but for rounding."""
+    for key, theirs in plain.state.items():
+        if exact:
+            assert torch.equal(ours.state[key], theirs), key
+        else:
+            torch.testing.assert_close(ours.state[key], theirs, rtol=1e-6, atol=1e-7)
+    assert ours.losses == (plain.losses if exact else pytest.approx(plain.losses, rel=1e-6))
