@@ -53,10 +53,14 @@ class _Watched:
         self.floor: Tensor | None = None
         self.used = self.told = False
 
-    def now(self) -> Tensor | None:
-        """The parameter that the layer has by this name now, if it has memory."""
+    def held(self) -> Tensor | None:
+        """The parameter that the layer has by this name now."""
         layer = self.layer()
-        parameter = None if layer is None else layer._parameters.get(self.name)
+        return None if layer is None else layer._parameters.get(self.name)
+
+    def now(self) -> Tensor | None:
+        """The same, if it has memory: a lazy one has none until its layer has run."""
+        parameter = self.held()
         return None if parameter is None or is_lazy(parameter) else parameter
 
     def updated(self, parameter: Tensor) -> bool:
@@ -82,8 +86,7 @@ class GradientWatch:
     def hook(self) -> None:
         """Put a hook on every parameter that asks for a gradient and has none: new ones, and those unfrozen since."""
         for watched in self._watched:
-            layer = watched.layer()
-            parameter = None if layer is None else layer._parameters.get(watched.name)
+            parameter = watched.held()
             if parameter is not None:
                 self._hook(watched, parameter)
 

@@ -109,7 +109,7 @@ class LiveRow:
         parameters = (p for layer in layers for p in layer._parameters.values() if p is not None)
         device = next((p.device for p in parameters), self.values.device)
         if device != self.values.device:
-            self._allocate(device)
+            self.move(device)
             for layer in layers:
                 self.bind(layer, vars(layer)["_nobs_tap"])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
@@ -86,8 +86,8 @@ def tap_eagerly(layer: nn.Module, row: LiveRow, output: Any, given: tuple[Any, .
         return output
     slot: Any = layer._nobs_output
     grad_slot: Any = layer._nobs_output_grad
-    tensors = {id(x): x for x in _tensors_in(output)}
-    fixed = Counter(map(id, _tensors_in(output))) - Counter(map(id, _tensors_in(output, replaceable=True)))
+    found = list(_tensors_in(output))
+    tensors, fixed = {id(x): x for x, _ in found}, {id(x) for x, stays in found if stays}
     replaced = {}
     try:
         for name, x in tensors.items():
@@ -98,7 +98,7 @@ def tap_eagerly(layer: nn.Module, row: LiveRow, output: Any, given: tuple[Any, .
             if not x.requires_grad or x.is_leaf:
                 continue
             fold = unserializable_hook(partial(_fold_gradient, row, grad_slot))  # type: ignore[no-untyped-call]  # no warning then
-            if not fixed[name] and not _has_second_name(x, layer, tensors.values(), given):
+            if name not in fixed and not _has_second_name(x, layer, tensors.values(), given):
                 replaced[name] = Identity.apply(x, fold)  # type: ignore[no-untyped-call]
                 vars(replaced[name]).update(vars(x))  # what the user has written on it
             else:
@@ -141,24 +141,27 @@ def _fold_gradient(row: LiveRow, slot: Tensor, grad: Tensor | None) -> None:
         _fold_now(row, grad, slot)
 
 
-def _tensors_in(output: Any, replaceable: bool = False) -> Iterator[Tensor]:
-    """All tensors in tuples, lists, mappings and dataclasses; or those in containers of which another can be made unseen.
+def _tensors_in(output: Any, fixed: bool = False) -> Iterator[tuple[Tensor, bool]]:
+    """All tensors in tuples, lists, mappings and dataclasses, and whether one is in a container that stays as it is.
 
     A list or dict may be the user's cache, handed on from layer to layer: it must stay the same object.
     """
     if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (tuple, list)):
-        if not (replaceable and _stays(output)):
-            for part in output:
-                yield from _tensors_in(part, replaceable)
-    elif isinstance(output, Mapping):
-        if not (replaceable and _stays(output)):
-            for part in output.values():
-                yield from _tensors_in(part, replaceable)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors_in(getattr(output, field.name, None), replaceable)
+        yield output, fixed
+        return
+    fixed = fixed or _stays(output)
+    for part in _parts(output):
+        yield from _tensors_in(part, fixed)
+
+
+def _parts(output: Any) -> Iterable[Any]:
+    if isinstance(output, (tuple, list)):
+        return output
+    if isinstance(output, Mapping):
+        return output.values()
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    return ()
 
 
 def _stays(container: Any) -> bool:
