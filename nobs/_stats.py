@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo import trace_rules
 from torch.fx.experimental import symbolic_shapes
 
 from ._columns import COLUMNS, DTYPES, FIRST, ZEROS
@@ -38,10 +37,8 @@ Inductor keeps a half value unrounded as long as it stays in registers, and ther
 finds in memory is its rounding: 70000 in float16 is infinite.
 """
 
-_KNOWN = f"{symbolic_shapes.__name__}.guard_or_false" in trace_rules.manual_torch_name_rule_map
-_surely = symbolic_shapes.guard_or_false if _KNOWN else lambda condition: condition
-"""Whether a condition on sizes holds; False where a size is data (rows chosen by a mask), on which no graph may branch.
-Before torch 2.9 Dynamo does not know it, and such layers do not compile."""
+surely = getattr(symbolic_shapes, "guard_or_false", bool)
+"""Whether a condition on sizes holds; False where a size is data (rows chosen by a mask), on which no graph may branch."""
 
 
 def blank(lines: int, device: torch.device | str) -> Tensor:
@@ -73,14 +70,19 @@ def measure(x: Tensor, clock: Tensor | None = None) -> Tensor:
     Cost: about one read of `x`. Eager on CPU reads it three times; elsewhere no host sync.
     """
     x = x.detach()  # the line is a reading: no gradient may flow through it, nor keep the graph alive
-    ran = -_dtype_code(x) if clock is None else -_dtype_code(x) - clock.reshape(())
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        line = [*_on_host(x), x.numel(), float(ran) - (clock is None)]
-        return torch.tensor(line, dtype=torch.float32, device="cpu")  # whatever the user's default device is
+    if x.device.type != "cpu":
+        return measure_in_graph(x, clock)
+    ran = -_dtype_code(x) - (1 if clock is None else float(clock))
+    x = _real(x)
+    return torch.tensor([*_on_host(x), x.numel(), ran], dtype=torch.float32, device="cpu")  # whatever the default device is
+
+
+def measure_in_graph(x: Tensor, clock: Tensor | None = None) -> Tensor:
+    """The same as `measure`, with nothing that depends on values."""
+    code = -_dtype_code(x)
+    x = _real(x.detach())
     elements = x.new_full((), x.numel(), dtype=torch.float32)
-    first = ran if isinstance(ran, Tensor) else x.new_full((), ran - 1, dtype=torch.float32)
+    first = x.new_full((), code - 1, dtype=torch.float32) if clock is None else code - clock.reshape(())
     return torch.cat([_in_graph(x), torch.stack([elements, first])])
 
 
@@ -94,9 +96,13 @@ def _dtype_code(x: Tensor) -> float:
     return (DTYPES.index(name) if name in DTYPES else 0) / 16
 
 
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
 def _in_graph(x: Tensor) -> Tensor:
     """norm, absmax, nan, posinf, neginf, -zeros: six reductions in one pass, `[6]` float32."""
-    if _surely(x.numel() == 0):
+    if surely(x.numel() == 0):
         return x.new_zeros(6, dtype=torch.float32)
     if x.dim() == 0:
         x = x.reshape(1)
@@ -110,8 +116,8 @@ def _in_graph(x: Tensor) -> Tensor:
     counts = [mask.to(torch.float32).sum(dims or None).sum() for mask in masks]
     # With no finite value there is no norm; NaN outlasts any fold, as the worst that the step saw.
     elements, peaks = x.numel(), finite.abs()
-    if not _surely(elements > 0):  # a size that is data may turn out to be zero, of which there is no mean and no maximum
-        elements, peaks = max(elements, 1), torch.cat([peaks.flatten(), peaks.new_zeros(1)])
+    if not surely(elements > 0):  # a size that is data may turn out to be zero, of which there is no mean and no maximum
+        elements, peaks = torch.sym_max(elements, 1), torch.cat([peaks.flatten(), peaks.new_zeros(1)])  # type: ignore[no-untyped-call]
         dims = ()
     norm = torch.where(counts[0] + counts[1] + counts[2] < elements, squares.sum(dtype=_widest(x)).sqrt(), math.nan)
     absmax = peaks.amax(dims).amax()
@@ -126,7 +132,7 @@ def _row_dims(x: Tensor) -> tuple[int, ...]:
     if x.dim() < 2 or x.dtype == torch.float64:
         return ()
     dims = tuple(range(2, x.dim())) if x.dim() > 3 else (x.dim() - 1,)
-    return dims if _surely(math.prod([x.shape[d] for d in dims]) <= _CHUNK) else ()
+    return dims if surely(math.prod([x.shape[d] for d in dims]) <= _CHUNK) else ()
 
 
 def _widest(x: Tensor) -> torch.dtype:

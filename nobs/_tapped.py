@@ -43,8 +43,9 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
             if row is not None and row.recording and (self.training or torch.is_grad_enabled()):
                 # Branched here and not a call further: frames of torch's layers are left alone, those of ours are compiled.
                 if torch.compiler.is_compiling():
-                    return tap_in_graph(self, row, output)
-                return tap_eagerly(self, row, output, (*args, *kwargs.values()))
+                    tap_in_graph(self, row, output)
+                else:
+                    tap_eagerly(self, row, output)
             return output
 
         def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:

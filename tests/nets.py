@@ -1,7 +1,5 @@
 """Small models with what models have: shared layers, in-place activations, recomputation, tuples, a root parameter."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -64,12 +62,6 @@ class Images(nn.Module):
     @staticmethod
     def batch(n=4):
         return torch.randn(n, 1, 14, 14), torch.randint(0, 10, (n,))
-
-
-@dataclass
-class Pair:
-    logits: torch.Tensor
-    name: str
 
 
 class Split(nn.Linear):

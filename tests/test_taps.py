@@ -5,14 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from nets import Images, Outputs, Pair, Tokens, loss_of
+from nets import Images, Outputs, Tokens, loss_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from twin import Twin
 
 import nobs
-from nobs._taps import _map_tensors
 
 
 @pytest.mark.parametrize("observed", [False, True])
@@ -107,23 +106,6 @@ def test_gradients_that_are_born_non_finite():
     assert row["1", "output.grad", "nonfinite"] == 0
     assert row["0", "output.grad", "nan"] > 0
     assert row["1", "weight.grad", "nan"] > 0
-
-
-def test_containers_are_rebuilt_as_they_were():
-    """Tuples, named tuples, lists, dicts and dataclasses keep their types; what is no tensor passes untouched."""
-    from torch.nn.utils.rnn import PackedSequence, pack_sequence
-
-    tap = lambda x: x + 1 if x.is_floating_point() else x  # noqa: E731
-    one = torch.ones(2)
-    packed = pack_sequence([torch.zeros(3, 1), torch.zeros(2, 1)])
-    output = (one, [one, None], {"a": one, "b": "text"}, Pair(one, "name"), packed)
-    mapped = _map_tensors(tap, output)
-    assert [type(part) for part in mapped] == [torch.Tensor, list, dict, Pair, PackedSequence]
-    assert mapped[1][0].tolist() == mapped[2]["a"].tolist() == mapped[3].logits.tolist() == [2, 2]
-    assert mapped[2]["b"] == "text"
-    assert mapped[3].name == "name"
-    assert mapped[4].data.sum() == 5
-    assert torch.equal(mapped[4].batch_sizes, packed.batch_sizes)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -278,9 +260,6 @@ def test_a_frozen_tower(guard):
     assert (history["tower", "weight", "norm"] > 0).all()
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.9", reason="Dynamo cannot be told before torch 2.9 not to branch on sizes that are data"
-)
 @pytest.mark.parametrize("routed", [[True, False, True, True], [False] * 4])
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_rows_chosen_by_a_mask(routed, fresh_dynamo):
@@ -381,7 +360,7 @@ OLD = pytest.mark.skipif(torch.__version__ < "2.9", reason="Dynamo of torch 2.7 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=OLD)])
 def test_a_container_that_cannot_be_made_again(compiled, fresh_dynamo):
-    """A tuple type with a constructor of its own passes as it is; what is in it is read in eager, and left alone in a graph."""
+    """A tuple type with a constructor of its own is read like any other: nothing is put into it."""
 
     class Layer(nn.Linear):
         def forward(self, x):
@@ -394,8 +373,7 @@ def test_a_container_that_cannot_be_made_again(compiled, fresh_dynamo):
     assert type(output) is Odd
     output[0].sum().backward()
     recorder.step(1.0)
-    norm = recorder.history()["0", "output.grad", "norm"][0]
-    assert norm != norm if compiled else norm == pytest.approx(2**0.5)
+    assert recorder.history()["0", "output.grad", "norm"][0] == pytest.approx(2**0.5)
 
 
 class Two(nn.Linear):
@@ -438,22 +416,26 @@ def writes(model, x):
     return (y + h).sum()
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
 @pytest.mark.parametrize(("kind", "loss"), [(Two, two), (Keeps, keeps), (Writes, writes)])
-def test_outputs_with_a_second_name(kind, loss, shape):
+def test_outputs_with_a_second_name(kind, loss, shape, backend, fresh_dynamo):
     """A write through one name must reach the gradient of the other, as without nobs."""
     torch.manual_seed(0)
     plain = kind(4, 4)
     model = nobs.instrument(copy.deepcopy(plain))
     ring = nobs.RingBuffer(model)
     x = torch.randn(shape)
-    for each in (model, plain):
-        loss(each, x).backward()
+    observed = torch.compile(loss, backend=backend) if backend else loss
+    observed(model, x).backward()
+    loss(plain, x).backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert ours.grad is theirs.grad is None or torch.equal(ours.grad, theirs.grad)
+        assert (ours.grad is None) == (theirs.grad is None)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6 if backend else 0, atol=1e-7 if backend else 0)
     ring.add(0, 0.0)
     assert ring.row.broken is None
-    assert ring.history()["(model)", "output", "norm"][0] > 0
+    for site in ("output", "output.grad"):
+        assert ring.history()["(model)", site, "norm"][0] > 0
 
 
 def test_a_container_stays_the_users_own():

@@ -2,7 +2,8 @@
 
 It hooks a model, instrumented or not, and gives for every (layer, site) what nobs should have recorded. It looks through an
 operator that no compiler sees into, so that under torch.compile, too, it reads the very tensors that flow there; behind a
-layer with its tap it therefore reads what the tap has read.
+layer with its tap it therefore reads what the tap has read. The gradient of a tensor is that of all that is made of it, inside
+of the layer as well.
 """
 
 from collections import Counter, defaultdict
@@ -10,6 +11,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.fx.experimental import proxy_tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 WATCHED = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Linear, nn.MultiheadAttention, nn.RNNBase)
@@ -57,20 +60,19 @@ def _(x, key, count):
     return None
 
 
-class Look(torch.autograd.Function):
-    """Identity: looks at a tensor, and later at its gradient."""
+def watch(x, key, count, grad_key, grad_count):
+    """Look at a tensor, and later at its gradient."""
+    look(x.detach(), key, count)
+    for proxy in _get_proxies(grad_count):  # several forwards may run before the backward that counts
+        proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+    if x.requires_grad and not isinstance(x, FakeTensor):
+        x.register_hook(lambda grad: look(grad, grad_key, grad_count))
 
-    @staticmethod
-    def forward(ctx, x, key, count, grad_key, grad_count):
-        ctx.grad_key, ctx.grad_count = grad_key, grad_count
-        look(x.detach(), key, count)
-        # What the layer gives away, and not a tensor that it also used inside; and not what a later relu_ writes to.
-        return x.clone()
 
-    @staticmethod
-    def backward(ctx, grad):
-        look(grad, ctx.grad_key, ctx.grad_count)
-        return grad, None, None, None, None
+_get_proxies = getattr(proxy_tensor, "_get_proxies", lambda _: ())
+_library = torch.library.Library("twin", "FRAGMENT")
+_library.define("watch(Tensor x, Tensor key, Tensor(a!) count, Tensor grad_key, Tensor(b!) grad_count) -> ()")
+_library.impl("watch", watch, "CompositeImplicitAutograd")
 
 
 def is_number(x):
@@ -97,25 +99,19 @@ class Twin:
             tensors += [torch.tensor(key), torch.tensor(0)]
         module._twin = tensors
 
-        def watch(tensor):
-            return Look.apply(tensor, *module._twin) if is_number(tensor) else tensor
-
-        def watch_in_place(tensor):
-            """One of several names of one memory: nothing may come between them. Its gradient is that of all of them."""
-            key, count, grad_key, grad_count = module._twin
-            if is_number(tensor):
-                look(tensor.detach(), key, count)
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda grad: look(grad, grad_key, grad_count))
-            return tensor
+        def watched(tensor, shared=()):
+            """Gives a copy, as a later write to a view would take the hook away; but none of several names of one memory."""
+            if not is_number(tensor):
+                return tensor
+            (torch.ops.twin.watch if torch.compiler.is_compiling() else watch)(tensor, *module._twin)
+            return tensor if shared and tensor.untyped_storage().data_ptr() in shared else tensor.clone()
 
         def hook(module, args, output):
             if torch.compiler.is_compiling():
-                return tree_map(watch, output)
+                return tree_map(watched, output)
             memories = Counter(x.untyped_storage().data_ptr() for x in tree_leaves(output) if is_number(x) and x.numel())
             shared = {memory for memory, times in memories.items() if times > 1}
-            aliased = lambda x: is_number(x) and x.untyped_storage().data_ptr() in shared  # noqa: E731
-            return tree_map(lambda x: watch_in_place(x) if aliased(x) else watch(x), output)
+            return tree_map(lambda x: watched(x, shared), output)
 
         module.register_forward_hook(hook)
 
