@@ -128,8 +128,11 @@ def _save_unchecked(slot: Tensor) -> None:
     """Let several forwards run before their backwards: the graph keeps a slot, and the first backward writes to it.
 
     Backends that compile kernels write past the version counter; those that run aten's operators do not. Since 2.11 torch
-    marks what a user's `autograd.Function` keeps on `ctx` so; before, such backends complain.
+    marks what a user's `autograd.Function` keeps on `ctx` so; before, such backends complain. Compiled autograd forgets to
+    hand over what is marked.
     """
+    if torch._dynamo.config.compiled_autograd:
+        return
     for proxy in getattr(proxy_tensor, "_get_proxies", lambda _: ())(slot):
         proxy.node.meta["saved_tensor_with_no_vc_check"] = True
 

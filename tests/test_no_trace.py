@@ -240,9 +240,19 @@ def compiled_per_sample(model, x):
     return torch.compile(per_sample_gradients, backend="aot_eager", fullgraph=True)(model, x)
 
 
+def compiled_backward(model, x):
+    """Compiled autograd, an experiment of torch's."""
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        loss = torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum()
+        torch.compile(torch.Tensor.backward, backend="aot_eager")(loss)
+    gradient = model[0].weight.grad.clone()
+    model.zero_grad()
+    return gradient
+
+
 WAYS = (
     functional, per_sample_gradients, jacobian, forward_mode, gradient_penalty, exported, exported_strictly, traced,
-    symbolically_traced, compiled_per_sample,
+    symbolically_traced, compiled_per_sample, compiled_backward,
 )  # fmt: skip
 
 
