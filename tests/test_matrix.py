@@ -6,6 +6,7 @@ A covering subset here; all of it with `pytest --matrix`, or `tox run -e matrix`
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from modes import MODES, run
@@ -15,6 +16,9 @@ from zoo import OWN, ZOO
 BOUND = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "": 1e-5}
 """The largest relative error. Inductor measures half-precision values before they are rounded to their 8 or 11 bits."""
 
+KERNELS_CLOSE = {"": {"rtol": 1e-6, "atol": 1e-7}, "bfloat16": {"rtol": 2.0**-7, "atol": 2.0**-10}}
+"""How far parameters may be off: beside a tap Inductor may round a half value to memory that it else keeps in a register."""
+
 EAGER = [name for name, mode in MODES.items() if not mode.compiled]
 COMPILED = [name for name, mode in MODES.items() if mode.compiled]
 SMALL = [name for name, specimen in ZOO.items() if not specimen.large]
@@ -23,8 +27,12 @@ LARGE = [name for name, specimen in ZOO.items() if specimen.large]
 KERNELS = ["compiled", "compiled blocks", "compiled, dynamic", "compiled, scaler"]
 WITH_KERNELS = {*itertools.product(OWN, KERNELS), *itertools.product(SMALL, ["compiled"]), ("resnet18", "compiled")}
 """Compiled to the last, by Inductor, and not only up to its kernels. Those take a minute where all before takes seconds."""
+WITH_KERNELS.remove(("complex", "compiled"))  # Inductor stops at the twin's operator there
 
 DECOMPOSED = "aot_eager_decomp_partition"
+
+ON_SELF = ("remembering", "old weight_norm", "spectral_norm", "pruned")
+"""Models whose forward writes to an attribute of a layer."""
 
 REFUSED = {
     ("lstm", "autocast fp16"): "could not create a primitive descriptor for the LSTM forward",
@@ -34,8 +42,7 @@ REFUSED = {
     ("bfloat16", "scaler"): "mixed dtype (CPU): expect parameter to have scalar type of Float",
     ("complex", "scaler"): "not implemented for 'ComplexFloat'",
     ("complex", "compiled, scaler"): "not implemented for 'ComplexFloat'",
-    ("remembering", "checkpoint inside"): "HOP: Unsafe side effect",
-    ("remembering", "selective inside"): "HOP: Unsafe side effect",
+    **{(name, mode): "HOP: Unsafe side effect" for name in ON_SELF for mode in ("checkpoint inside", "selective inside")},
 }
 """What torch itself refuses, without nobs as well, and its words."""
 
@@ -81,11 +88,12 @@ def test_a_cell(name, mode, request, record_property, tmp_path):
     watched = run(specimen, way, observed=True, watched=True, backend=backend, directory=tmp_path)
     ours = run(specimen, way, observed=True, backend=backend, directory=tmp_path) if alone else watched
 
-    more = 1 if way.every > 1 and way.compiled and plain.graphs[0] else 0
-    assert ours.graphs == (plain.graphs[0] * (1 + more), plain.graphs[1]), (plain.graphs, ours.graphs)
-    assert_same(ours, plain, exact=not kernels)
+    sampled = way.compiled and way.every > 1 and any(site == "output" for _, site in watched.lines[0])
+    assert ours.graphs == (plain.graphs[0] * (1 + sampled), plain.graphs[1]), (plain.graphs, ours.graphs)
+    close = None if not kernels else KERNELS_CLOSE["bfloat16" if name == "bfloat16" else ""]
+    assert_same(ours, plain, close)
     if alone and not specimen.large:
-        assert_same(watched, plain, exact=not kernels)
+        assert_same(watched, plain, close)
     half = "bfloat16" if "bf16" in mode or name == "bfloat16" else "float16" if "fp16" in mode or way.scaler else ""
     error, where = max(furthest(row, lines) for row, lines in zip(watched.rows, watched.lines, strict=True))
     assert len(ours.rows) == len(way.sizes)
@@ -96,11 +104,19 @@ def test_a_cell(name, mode, request, record_property, tmp_path):
         record_property(key, value)
 
 
-def assert_same(ours, plain, exact):
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+def test_complex_numbers_with_kernels():
+    """Compiled to the last, every line is that of eager, which is the twin's."""
+    eager, compiled = (run(ZOO["complex"], MODES[mode], observed=True, backend="inductor") for mode in ("eager", "compiled"))
+    for ours, theirs in zip(compiled.rows, eager.rows, strict=True):
+        np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5, atol=1e-8)
+
+
+def assert_same(ours, plain, close):
     """Losses, parameters and buffers: bit for bit, or where kernels were made anew, with taps in them, but for rounding."""
     for key, theirs in plain.state.items():
-        if exact:
+        if close is None:
             assert torch.equal(ours.state[key], theirs), key
         else:
-            torch.testing.assert_close(ours.state[key], theirs, rtol=1e-6, atol=1e-7)
-    assert ours.losses == (plain.losses if exact else pytest.approx(plain.losses, rel=1e-6))
+            torch.testing.assert_close(ours.state[key], theirs, **close)
+    assert ours.losses == (plain.losses if close is None else pytest.approx(plain.losses, rel=close["rtol"]))

@@ -106,14 +106,16 @@ class Twin:
             (torch.ops.twin.watch if torch.compiler.is_compiling() else watch)(tensor, *module._twin)
             return tensor if shared and tensor.untyped_storage().data_ptr() in shared else tensor.clone()
 
-        def hook(module, args, output):
+        def forward(*args, **kwargs):
+            output = type(module).forward(module, *args, **kwargs)
             if torch.compiler.is_compiling():
                 return tree_map(watched, output)
             memories = Counter(x.untyped_storage().data_ptr() for x in tree_leaves(output) if is_number(x) and x.numel())
             shared = {memory for memory, times in memories.items() if times > 1}
             return tree_map(lambda x: watched(x, shared), output)
 
-        module.register_forward_hook(hook)
+        # Not a hook: some of those run outside of the graph, where a part of the gradient is not seen.
+        module.forward = forward
 
     def clear(self):
         for readings in (*self.sites.values(), self.gradients):

@@ -89,7 +89,7 @@ TORCHVISION = {
     "vit_b_16": Specimen(vision("vit_b_16"), images(224), large=True),
     "convnext_tiny": Specimen(vision("convnext_tiny"), images(), large=True, blocks=lambda m: m.features[5]),
     "swin_t": Specimen(vision("swin_t"), images(), large=True, blocks=lambda m: m.features[5]),
-    "mobilenet_v3_small": Specimen(vision("mobilenet_v3_small"), images(), large=True),
+    "mobilenet_v3_small": Specimen(vision("mobilenet_v3_small"), images(), large=True, blocks=lambda m: m.features[4:11]),
 }
 
 TRANSFORMERS = {
