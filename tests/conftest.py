@@ -25,7 +25,7 @@ settings.load_profile("nobs")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--matrix", action="store_true", help="every mode with every model, half an hour; else a subset of them")
+    parser.addoption("--matrix", action="store_true", help="every mode with every model, some 35 minutes; else a subset of them")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -21,8 +21,21 @@ def eager(specimen, model, backend):
     return model
 
 
-def whole(specimen, model, backend, dynamic=None):
-    return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend, dynamic=dynamic)
+def whole(specimen, model, backend):
+    return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend)
+
+
+def any_size(specimen, model, backend):
+    """Every size is a symbol; in a large model, where each costs minutes, the batch's alone."""
+    if not specimen.large:
+        return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend, dynamic=True)
+    compiled = whole(specimen, model, backend)
+
+    def call(images):
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        return compiled(images)
+
+    return call
 
 
 def per_block(specimen, model, backend):
@@ -194,7 +207,7 @@ MODES = {
     "compiled": Mode(whole),
     "compiled blocks": Mode(per_block),
     "compiled, sizes": Mode(whole, sizes=growing),
-    "compiled, dynamic": Mode(functools.partial(whole, dynamic=True), sizes=growing),
+    "compiled, dynamic": Mode(any_size, sizes=growing),
     "compiled, forwards first": Mode(whole, forwards_first),
     "compiled blocks, accumulated": Mode(per_block, accumulated),
     "compiled, autocast bf16": Mode(whole, bf16),
@@ -236,8 +249,6 @@ def run(
             parameter.requires_grad_(False)
     sizes = [max(2, size // 2) if specimen.large else size for size in mode.sizes]
     batches = [(specimen.inputs(size), specimen.inputs(size)) for size in sizes]
-    if watched and specimen.large:
-        del batches[2:]  # the twin reads a hundred million numbers a step
     if observed:
         nobs.instrument(model, every=mode.every)
     twin = Twin(model) if watched else None
@@ -253,9 +264,11 @@ def run(
         loss = mode.step(loop, *micro_batches)
         if recorder:
             recorder.step(loss)
-        if twin:
+        if twin and not twin.asleep:
             outcome.lines.append(twin.lines(scale) if loop.steps % mode.every == 0 else {})
             twin.clear()
+            if specimen.large and loop.steps == 1:
+                twin.sleep()  # it reads a hundred million numbers a step
         for optimizer in optimizers:
             optimizer.zero_grad()
         outcome.losses.append(loss.item())

@@ -19,7 +19,7 @@ WATCHED = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNor
 """Watched even without parameters of their own; any module that owns parameters is watched besides."""
 
 _seen = {}
-"""Key -> the list of readings of one site of one twin."""
+"""Key -> the list of readings of one site of one twin; None while that twin sleeps."""
 
 
 def reference(tensor):
@@ -52,7 +52,9 @@ def worst(several):
 def look(x: Tensor, key: Tensor, count: Tensor) -> None:
     """Read a tensor. Counts, so that no compiler takes it for idle; the key is a tensor, so that like blocks share code."""
     count += 1
-    _seen[int(key)].append(reference(x))
+    readings = _seen[int(key)]
+    if readings is not None:
+        readings.append(reference(x))
 
 
 @look.register_fake
@@ -84,6 +86,7 @@ class Twin:
 
     def __init__(self, model):
         self.model = model
+        self.asleep = False
         self.sites = {}
         self.gradients = defaultdict(list)
         self.values = {}
@@ -117,6 +120,13 @@ class Twin:
         # Not a hook: some of those run outside of the graph, where a part of the gradient is not seen.
         module.forward = forward
 
+    def sleep(self):
+        """Look at nothing any more, where that would take too long."""
+        for key, readings in list(_seen.items()):
+            if any(readings is own for own in self.sites.values()):
+                _seen[key] = None
+        self.asleep = True
+
     def clear(self):
         for readings in (*self.sites.values(), self.gradients):
             readings.clear()
@@ -124,6 +134,8 @@ class Twin:
 
     def update(self, parameters=None, scale=1.0):
         """Read the parameters, and their gradients, that the optimizer is about to use; all of the model's by default."""
+        if self.asleep:
+            return
         chosen = None if parameters is None else {id(p) for p in parameters}
         for name, parameter in self.model.named_parameters():
             layer, _, own = name.rpartition(".")
