@@ -10,7 +10,6 @@ runs the backward to trace it, the hook: both become part of the graph, on every
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 import threading
@@ -154,8 +153,9 @@ def _parts(output: Any) -> Iterable[Any]:
         return output
     if isinstance(output, Mapping):
         return output.values()
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    fields = getattr(output, "__dataclass_fields__", ())  # Dynamo of torch 2.7 cannot trace `dataclasses.is_dataclass`
+    if not isinstance(output, type):
+        return [getattr(output, name, None) for name in fields]
     return ()
 
 

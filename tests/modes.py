@@ -221,6 +221,10 @@ MODES = {
 }
 
 
+if torch.__version__ < "2.9":
+    # Its backends without kernels check the version of every tensor that a graph keeps, that of a slot too, and of the twin's.
+    del MODES["compiled, forwards first"]
+
 # -- a run --------------------------------------------------------------------------------------------------------------
 
 

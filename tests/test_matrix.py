@@ -31,6 +31,7 @@ WITH_KERNELS.remove(("complex", "compiled"))  # Inductor stops at the twin's ope
 
 DECOMPOSED = "aot_eager_decomp_partition"
 
+_SIDE_EFFECT = "HOP: Unsafe side effect" if torch.__version__ >= "2.9" else "not in the current scope (SideEffects)"
 ON_SELF = ("remembering", "old weight_norm", "spectral_norm", "pruned")
 """Models whose forward writes to an attribute of a layer."""
 
@@ -42,7 +43,7 @@ REFUSED = {
     ("bfloat16", "scaler"): "mixed dtype (CPU): expect parameter to have scalar type of Float",
     ("complex", "scaler"): "not implemented for 'ComplexFloat'",
     ("complex", "compiled, scaler"): "not implemented for 'ComplexFloat'",
-    **{(name, mode): "HOP: Unsafe side effect" for name in ON_SELF for mode in ("checkpoint inside", "selective inside")},
+    **{(name, mode): _SIDE_EFFECT for name in ON_SELF for mode in ("checkpoint inside", "selective inside")},
 }
 """What torch itself refuses, without nobs as well, and its words."""
 
@@ -77,6 +78,8 @@ def test_a_cell_that_torch_refuses(name, mode):
 def test_a_cell(name, mode, request, record_property, tmp_path):
     """GIVEN a model and a way to train it, THEN nobs reads what is there, and changes nothing."""
     specimen, way = ZOO[name], MODES[mode]
+    if name == "dataclass" and way.compiled and torch.__version__ < "2.9":
+        pytest.skip("Dynamo of torch 2.7 does not trace the twin's way through a dataclass")
     full = request.config.getoption("--matrix")
     kernels = (name, mode) in WITH_KERNELS and (full or (mode == "compiled" and name in OWN))
     backend = "inductor" if kernels else DECOMPOSED if way.compiled else ""

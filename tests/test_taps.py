@@ -260,6 +260,9 @@ def test_a_frozen_tower(guard):
     assert (history["tower", "weight", "norm"] > 0).all()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="Dynamo cannot be told before torch 2.9 not to branch on sizes that are data"
+)
 @pytest.mark.parametrize("routed", [[True, False, True, True], [False] * 4])
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_rows_chosen_by_a_mask(routed, fresh_dynamo):
