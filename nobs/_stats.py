@@ -113,7 +113,7 @@ def _in_graph(x: Tensor) -> Tensor:
     finite = torch.where(x.abs() < top, x, 0)
     squares = (finite * finite).sum(dims) if dims else finite.double().square()
     masks = (x != x, x >= top, x <= -top, x.abs() <= least)
-    counts = [mask.to(torch.float32).sum(dims or None).sum() for mask in masks]
+    counts = [mask.sum(dims or None, dtype=torch.float32).sum() for mask in masks]
     # With no finite value there is no norm; NaN outlasts any fold, as the worst that the step saw.
     elements, peaks = x.numel(), finite.abs()
     if not surely(elements > 0):  # a size that is data may turn out to be zero, of which there is no mean and no maximum

@@ -75,13 +75,13 @@ def _fold_in_graph(x: Tensor, slot: Tensor, grad_slot: Tensor, clock: Tensor) ->
 
     Whoever runs Dynamo's graph as it is (`backend="eager"`) calls it in each step, and the hook is one on the user's tensor.
     """
+    if isinstance(x, FakeTensor):
+        return  # Dynamo's: it asks what comes out, which is nothing, and through it no gradient ever comes
     # The device's own count of taps gives the order of execution, under compile too. In place: one clock a model. Without
     # gradients, as a write to the user's own buffer would be: the graph has no more to return than without nobs.
     with torch.no_grad():
         clock.add_(1)
         _stats.fold(slot, _stats.measure_in_graph(x, clock))
-    if isinstance(x, FakeTensor):
-        return  # Dynamo's: through it no gradient ever comes
     _save_unchecked(grad_slot)
 
     def fold(grad: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What all tests share: a clean Dynamo, a path to the examples, and no colours from the developer's terminal."""
 
+import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -25,7 +26,13 @@ settings.load_profile("nobs")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--matrix", action="store_true", help="every mode with every model, some 35 minutes; else a subset of them")
+    parser.addoption("--matrix", action="store_true", help="every mode with every model, some 30 minutes; else a subset of them")
+
+
+def pytest_collection_finish(session):
+    """A million objects that stay, and tracers that make as many more: looking through them all is a fifth of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_terminal_summary(terminalreporter):

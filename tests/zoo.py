@@ -86,7 +86,7 @@ _CLIP = {"text_config": _TEXT | {"eos_token_id": 49, "bos_token_id": 48, "pad_to
 
 TORCHVISION = {
     "resnet18": Specimen(vision("resnet18"), images(), large=True, blocks=lambda m: [*m.layer1, *m.layer2, *m.layer3, *m.layer4]),
-    "vit_b_16": Specimen(vision("vit_b_16", image_size=64), images(64), large=True),
+    "vit_b_16": Specimen(vision("vit_b_16", image_size=32), images(), large=True),
     "convnext_tiny": Specimen(vision("convnext_tiny"), images(), large=True, blocks=lambda m: m.features[3]),
     "swin_t": Specimen(vision("swin_t"), images(), large=True, blocks=lambda m: m.features[5]),
     "mobilenet_v3_small": Specimen(vision("mobilenet_v3_small"), images(), large=True, blocks=lambda m: m.features[4:11]),
