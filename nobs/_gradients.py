@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import _stats
+from ._onlookers import readable, unseen
 from ._row import FIRST_TAP_LINE, LiveRow
 
 
@@ -35,6 +36,7 @@ class _Watched:
     Attributes:
         line: of its value in the row; its gradient's is the next.
         blanks: since which blanking of the row the last gradient was read.
+        gone: its gradient was once gone at the end of a backward, where it is read otherwise: an optimizer in the backward.
         version: how often the parameter had been written to at that reading.
         used: an optimizer has said that it used that reading.
         told: there is an optimizer that says so.
@@ -42,16 +44,15 @@ class _Watched:
         valued: since which blanking of the row the value was read.
     """
 
-    __slots__ = ("blanks", "floor", "handle", "layer", "line", "name", "parameter", "told", "used", "valued", "version")
+    __slots__ = ("blanks", "floor", "gone", "handle", "layer", "line", "name", "told", "used", "valued", "version")
 
     def __init__(self, layer: nn.Module, name: str, line: int) -> None:
         self.layer, self.name, self.line = weakref.ref(layer), name, line
-        self.parameter: Callable[[], Tensor | None] = lambda: None
         self.handle: RemovableHandle | None = None
         self.blanks = self.valued = -1
         self.version = 0
         self.floor: Tensor | None = None
-        self.used = self.told = False
+        self.used = self.told = self.gone = False
 
     def held(self) -> Tensor | None:
         """The parameter that the layer has by this name now."""
@@ -75,8 +76,8 @@ class GradientWatch:
         """Watch parameters, given as layer, own name, and line in the table; the gradient's line is the next."""
         self._row = row
         self._watched = [_Watched(layer, name, FIRST_TAP_LINE + tap) for layer, name, tap in parameters]
-        self._touched: dict[int, list[_Watched]] = {}
-        self._passing: list[tuple[_Watched, int]] = []
+        self._touched: dict[int, tuple[int, list[_Watched]]] = {}
+        self._passing: list[_Watched] = []
         self._unsettled: list[_Watched] = []
         self._read_since = -1
         # Of several threads that run backward the last to read has the whole gradient: it must also be the last to write.
@@ -87,28 +88,46 @@ class GradientWatch:
         """Put a hook on every parameter that asks for a gradient and has none: new ones, and those unfrozen since."""
         for watched in self._watched:
             parameter = watched.held()
-            if parameter is not None:
-                self._hook(watched, parameter)
+            if parameter is not None and not self._hook(watched, parameter):
+                with torch._C.DisableTorchFunctionSubclass():
+                    # A swap (`swap_tensors`) takes the engine's end of the hooks away and leaves the list: tie it on again.
+                    hooks: Any = parameter._post_accumulate_grad_hooks
+                    parameter._post_accumulate_grad_hooks = hooks
 
     def _hook(self, watched: _Watched, parameter: Tensor) -> bool:
         """Whether the parameter had no hook, and has one now."""
-        if not parameter.requires_grad or watched.parameter() is parameter:
+        if not parameter.requires_grad:
             return False
-        if watched.handle is not None:
-            watched.handle.remove()
-        watched.parameter = weakref.ref(parameter)
         with torch._C.DisableTorchFunctionSubclass():  # a lazy parameter refuses everything else until it has a shape
+            # Known by the hook, and not by a weak reference to it, with which torch refuses to swap it (`swap_tensors`).
+            if watched.handle is not None and watched.handle.id in (parameter._post_accumulate_grad_hooks or ()):
+                return False
+            if watched.handle is not None:
+                watched.handle.remove()
             watched.handle = parameter.register_post_accumulate_grad_hook(partial(self._arm, watched))  # type: ignore[no-untyped-call]
             hooks: Any = parameter._post_accumulate_grad_hooks
         for key in list(hooks)[:-1]:  # behind an optimizer in the backward the gradient is gone: to the front
             hooks[key] = hooks.pop(key)
         return True
 
+    @property
+    def idle(self) -> bool:
+        """Whether the running step has had no backward through a hooked parameter."""
+        return self._read_since != self._row.blanks
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers whose parameters are watched, by name."""
+        taps = self._row.table.taps
+        return {taps[w.line - FIRST_TAP_LINE].layer: layer for w in self._watched if (layer := w.layer()) is not None}
+
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Take all hooks off, and leave no empty list of them."""
         for watched in self._watched:
             if watched.handle is not None:
                 watched.handle.remove()
+            parameter = watched.held()
+            if parameter is not None and parameter._post_accumulate_grad_hooks == {}:
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         self._watched.clear()
 
     # Inside a compiled training step backward runs under Dynamo's eyes, which has nothing to compile in these two.
@@ -121,24 +140,25 @@ class GradientWatch:
         """
         task = torch._C._current_graph_task_id()
         if task not in self._touched:
-            if len(self._touched) >= 8:  # what backwards that ended in an error have left behind
-                self._touched.clear()
-            self._touched[task] = []
+            if len(self._touched) >= 8:  # what backwards of earlier steps, ended by an error, have left behind
+                self._touched = {t: kept for t, kept in self._touched.items() if kept[0] == self._row.blanks}
+            self._touched[task] = self._row.blanks, []
             engine: Any = torch.autograd.Variable._execution_engine
             # Queued twice over, to run behind DDP's own callback, which waits for the reduction.
             engine.queue_callback(lambda: engine.queue_callback(partial(self._read, task)))
-        if not self._row.recording:
+        if not self._row.recording or parameter.grad is None:  # compiled code may call for a gradient that it does not give
             return
         hooks = parameter._post_accumulate_grad_hooks
-        if hooks is not None and len(hooks) > 1:  # maybe an optimizer in the backward: behind this hook the gradient is gone
+        # Maybe an optimizer in the backward: behind this hook the gradient is gone.
+        if watched.gone or (hooks is not None and len(hooks) > 1):
             self._guarded(partial(self._write_now, watched, parameter))
         else:
-            self._touched.setdefault(task, []).append(watched)
+            self._touched.setdefault(task, (self._row.blanks, []))[1].append(watched)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _read(self, task: int) -> None:
         """The callback at the end of a backward."""
-        touched = self._touched.pop(task, [])
+        _, touched = self._touched.pop(task, (0, []))
         if self._row.paused:  # this backward leads to no update of the recorded run
             return
         note = None if self._row.before_update is None else self._row.before_update()
@@ -150,33 +170,33 @@ class GradientWatch:
     def _guarded(self, write: Callable[[], None]) -> None:
         """nobs must never end a run: on an error recording stops, and the recorder says so once."""
         try:
-            with self._writing, torch.no_grad():  # under create_graph the engine runs callbacks with grad mode on
+            with self._writing, unseen(), torch.no_grad():  # under create_graph the engine runs callbacks with grad mode on
                 write()
         except Exception as error:
             self._row.give_up(error)
 
     def _write(self, touched: list[_Watched]) -> None:
-        for watched, version in self._passing:  # what hooks of others have done to the gradients read in passing
-            gradient = getattr(watched.now(), "grad", None)
-            watched.used = gradient is None or _version(gradient) != version
+        for watched in self._passing:  # a hook behind ours took the gradient away: it was an optimizer
+            watched.used = getattr(watched.now(), "grad", None) is None
         self._passing.clear()
         self._note_updates()
         for watched in touched:
             parameter = watched.now()
             if parameter is not None:
+                watched.gone = parameter.grad is None
                 self._write_gradient(watched, parameter)
         for watched in self._watched:  # those without a gradient in this backward too
             parameter = watched.now()
             if parameter is not None:
-                self._write_value(watched, parameter)
+                if not watched.gone:  # else it is updated by now
+                    self._write_value(watched, parameter)
                 if self._hook(watched, parameter):  # unfrozen since, or put in place of another
                     self._write_gradient(watched, parameter)
 
     def _write_now(self, watched: _Watched, parameter: Tensor) -> None:
         self._write_gradient(watched, parameter)
         self._write_value(watched, parameter)
-        if parameter.grad is not None:
-            self._passing.append((watched, _version(parameter.grad)))
+        self._passing.append(watched)
 
     def _note_updates(self) -> None:
         """Which readings have been used by the optimizers that stepped since the last backward, and which would be told."""
@@ -236,4 +256,4 @@ def _version(tensor: Tensor) -> int:
 def _measured(tensor: Tensor) -> Tensor | None:
     if tensor.layout == torch.sparse_coo:  # Embedding(sparse=True): the rows that were looked up
         tensor = tensor.coalesce().values()
-    return _stats.measure(tensor) if _stats.measurable(tensor) and not tensor.is_meta else None
+    return _stats.measure(tensor) if readable(tensor) and _stats.measurable(tensor) else None

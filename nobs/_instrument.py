@@ -15,7 +15,7 @@ from ._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from ._gradients import GradientWatch
 from ._history import Tap, TapTable
 from ._launch import disabled
-from ._layers import Named, Select, choose, named_modules
+from ._layers import Named, Select, choose, device_of, named_modules
 from ._row import LiveRow, rows_of
 from .errors import (
     AlreadyInstrumented,
@@ -147,7 +147,7 @@ def _attach(chosen: Named, every: int) -> None:
                 parameters[parameter] = module, key, len(taps)
                 site = f"parameter {key}" if key == "output" else key
                 taps += [Tap(name, kind, site, PARAMETER), Tap(name, kind, f"{site}.grad", PARAMETER_GRAD)]
-    row = LiveRow(TapTable(tuple(taps)), _device(chosen), every)
+    row = LiveRow(TapTable(tuple(taps)), device_of(chosen, "nobs.instrument(model)") or torch.device("cpu"), every)
     for name, module in chosen.items():
         _refuse_unwilling(name, module)  # before anything is changed
     row.watch = GradientWatch(row, list(parameters.values()))
@@ -156,16 +156,20 @@ def _attach(chosen: Named, every: int) -> None:
 
 
 def _has_output(name: str, module: nn.Module) -> bool:
-    """Whether calls of the module go through its class's forward; a ParameterList has none."""
+    """Whether calls of the module go through its class's forward."""
+    kind = type(module)
     if "forward" in vars(module):
-        warnings.warn(
-            f"nobs cannot record the output of {_names.printable(name)}: its forward was replaced on the object itself. "
-            "Instrument the model before that is done; its parameters are recorded",
-            NobsWarning,
-            stacklevel=5,
-        )
-        return False
-    return type(module).forward is not nn.Module.forward
+        why = "its forward was replaced on the object itself. Instrument the model before that is done"
+    elif not _tapped.has_forward(kind):
+        why = "its forward is no plain method of its class"
+    else:
+        return kind.forward is not nn.Module.forward
+    warnings.warn(
+        f"nobs cannot record the output of {_names.printable(name)}: {why}; its parameters are recorded",
+        NobsWarning,
+        stacklevel=5,
+    )
+    return False
 
 
 def _refuse_unwilling(name: str, module: nn.Module) -> None:
@@ -180,23 +184,6 @@ def _refuse_unwilling(name: str, module: nn.Module) -> None:
                 "layers=[...] without this layer",
             )
         ) from error
-
-
-def _device(chosen: Named) -> torch.device:
-    """The one device that the chosen layers are on."""
-    devices = {
-        p.device: name for name, m in chosen.items() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None
-    }
-    if len(devices) > 1:
-        raise BadSetting(
-            explain(
-                "nobs.instrument(model)",
-                "layers on " + " and ".join(f"{device} ({name})" for device, name in devices.items()),
-                "all recorded layers on one device",
-                "layers=[...] with the layers of one device",
-            )
-        )
-    return next(iter(devices), torch.device("cpu"))
 
 
 def _warn_if_compiled(model: nn.Module) -> None:

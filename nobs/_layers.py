@@ -62,6 +62,27 @@ def choose(named: Named, layers: Select | Iterable[Select] | None) -> Named:
     return {name: module for name, module in named.items() if name in chosen}
 
 
+def device_of(layers: Named, doing: str) -> torch.device | None:
+    """The one device that layers are on; None if nothing of them is on any.
+
+    Raises:
+        BadSetting: they are on several.
+    """
+    devices = {
+        p.device: name for name, m in layers.items() for p in (*m._parameters.values(), *m._buffers.values()) if p is not None
+    }
+    if len(devices) > 1:
+        raise BadSetting(
+            explain(
+                doing,
+                "layers on " + " and ".join(f"{device} ({name})" for device, name in devices.items()),
+                "all recorded layers on one device",
+                "nobs.instrument(model, layers=[...]) with the layers of one device",
+            )
+        )
+    return next(iter(devices), None)
+
+
 def _is_select(select: object) -> bool:
     if isinstance(select, type):
         return issubclass(select, nn.Module)

@@ -110,6 +110,10 @@ class RingBuffer:
                     "use the newer one",
                 )
             )
+        if self.row.values.device != self._device:
+            self.row.check_device()
+        if self.row.broken is not None:  # said at the next call
+            return
         given = {name: value for name, value in scalars.items() if value is not None}
         with torch.no_grad():  # a recording is no part of the user's graph
             record = self._write_scalars(step, given, batch)

@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from . import _stats
 from ._columns import COLUMNS
 from ._history import TapTable
+from ._layers import device_of, named_modules
 from .errors import BadSetting, explain
 
 SCALAR_LINES = 2
@@ -30,13 +31,16 @@ SCALARS = SCALAR_LINES * len(COLUMNS)
 LOSS_SCALE = "loss_scale"
 """The scalar that divides the gradients of its step."""
 
-_REHOOK = 50
-"""Every so many steps parameters that were replaced, or unfrozen while no other was trained, are looked for."""
+_LOOK = 10
+"""Where no backward reaches a watched parameter, every so many steps those are looked for that could be watched now."""
 
 
 class Watch(Protocol):
     """What writes parameters and their gradients into a row: looks for new parameters, settles its readings, lets go."""
 
+    @property
+    def idle(self) -> bool: ...
+    def layers(self) -> dict[str, nn.Module]: ...
     def hook(self) -> None: ...
     def settle(self) -> None: ...
     def remove(self) -> None: ...
@@ -48,7 +52,7 @@ class LiveRow:
     Attributes:
         table: what each line after the reserved ones means.
         every: the taps run on every `every`-th step.
-        steps: steps begun since a ring took the row over, the running one not counted.
+        steps: the number of the running step, as `every` counts: from 0 where a ring took the row over.
         blanks: how often the row was blanked; readings of before are of another step, or of a dropped one.
         recording: the switch. Compiled code guards on it, so it has two values and a model two graphs at the most.
         before_update: a weak method, called at the end of each backward, before the optimizer: there the recorder notes the
@@ -74,15 +78,18 @@ class LiveRow:
         self.owner: Callable[[], object] | None = None
         self.written_scalars: dict[str, tuple[int, int]] = {}
         self._pauses = 0
+        self._idle = 0
         self._scalar_names: dict[str, int] = {}
         self._allocate(device)
 
+    @torch.inference_mode(False)  # wherever it is called: outside of it nobody could write to the row
     def _allocate(self, device: torch.device) -> None:
         self.values = _stats.blank(FIRST_TAP_LINE + len(self.table), device)
         self.values[:FIRST_TAP_LINE] = 0
         self._blank = self.values.clone()
         self.clock = self._slot(CLOCK_LINE, 1)
 
+    @torch.inference_mode(False)
     def _slot(self, line: int, size: int = len(COLUMNS)) -> Tensor:
         """A tensor over a line's memory, through DLPack: it has a version counter and a zero offset of its own.
 
@@ -104,14 +111,24 @@ class LiveRow:
             own["_nobs_output"], own["_nobs_output_grad"] = (self._slot(FIRST_TAP_LINE + line) for line in (tap, tap + 1))
 
     def follow(self, model: nn.Module) -> None:
-        """Go where the parameters of the model are by now: `load_state_dict(assign=True)` takes them from meta, unseen."""
-        layers = [layer for layer in model.modules() if vars(layer).get("_nobs_row") is self]
-        parameters = (p for layer in layers for p in layer._parameters.values() if p is not None)
-        device = next((p.device for p in parameters), self.values.device)
-        if device != self.values.device:
+        """Go where the parameters of the model are by now: `load_state_dict(assign=True)` takes them from meta, unseen.
+
+        Raises:
+            BadSetting: they are on several devices.
+        """
+        layers = {name: layer for name, layer in named_modules(model).items() if vars(layer).get("_nobs_row") is self}
+        device = device_of(layers, "recording a model")
+        if device is not None and device != self.values.device:
             self.move(device)
-            for layer in layers:
+            for layer in layers.values():
                 self.bind(layer, vars(layer)["_nobs_tap"])
+
+    def check_device(self) -> None:
+        """After a move: give up, with the reason, where a part of the model moved alone."""
+        try:
+            device_of({} if self.watch is None else self.watch.layers(), "recording a model")
+        except BadSetting as error:
+            self.give_up(RuntimeError(str(error)))  # as an error of nobs: the run goes on
 
     def write_scalar(self, name: str, value: Tensor) -> None:
         """Put a scalar tensor into the row without asking for its value; the first use of a name takes a free place."""
@@ -138,12 +155,19 @@ class LiveRow:
             self.watch.hook()
         self._set_switch()
 
+    def go_to(self, step: int) -> None:
+        """A run goes on at this step, so `every=k` samples those that it would have sampled."""
+        self.steps = step
+        self._set_switch()
+
     def next_step(self) -> None:
         """Begin the next step: blank lines, clock at zero, and the switch for that step."""
+        if self.recording and self.watch is not None:
+            self._idle = self._idle + 1 if self.watch.idle else 0
+            if self._idle % _LOOK == 1:  # parameters were replaced, or are frozen for now
+                self.watch.hook()
         self.blank()
         self.steps += 1
-        if self.watch is not None and self.steps % _REHOOK == 0:
-            self.watch.hook()
         self._set_switch()
 
     def blank(self) -> None:

@@ -37,6 +37,9 @@ Inductor keeps a half value unrounded as long as it stays in registers, and ther
 finds in memory is its rounding: 70000 in float16 is infinite.
 """
 
+_TINY, _LIFT = 1e-30, 2.0**70
+"""Squares that sum to less may have lost bits in float32, or all: so gradients vanish. Lifted, values that small keep them."""
+
 surely = getattr(symbolic_shapes, "guard_or_false", bool)
 """Whether a condition on sizes holds; False where a size is data (rows chosen by a mask), on which no graph may branch."""
 
@@ -73,14 +76,15 @@ def measure(x: Tensor, clock: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu":
         return measure_in_graph(x, clock)
     ran = -_dtype_code(x) - (1 if clock is None else float(clock))
-    x = _real(x)
+    x = _real(x.resolve_conj()).resolve_neg()  # in memory `z.conj()` is z, and `z.conj().imag` has the sign of z's
     return torch.tensor([*_on_host(x), x.numel(), ran], dtype=torch.float32, device="cpu")  # whatever the default device is
 
 
 def measure_in_graph(x: Tensor, clock: Tensor | None = None) -> Tensor:
     """The same as `measure`, with nothing that depends on values."""
     code = -_dtype_code(x)
-    x = _real(x.detach())
+    x = x.detach()
+    x = _real(x.clone() if x.is_complex() else x)  # a copy is conjugated, where `resolve_conj` leaves no trace in a graph
     elements = x.new_full((), x.numel(), dtype=torch.float32)
     first = x.new_full((), code - 1, dtype=torch.float32) if clock is None else code - clock.reshape(())
     return torch.cat([_in_graph(x), torch.stack([elements, first])])
@@ -111,7 +115,7 @@ def _in_graph(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # Comparisons, not isnan and isfinite: Inductor vectorises them, and a whole tap costs half.
     finite = torch.where(x.abs() < top, x, 0)
-    squares = (finite * finite).sum(dims) if dims else finite.double().square()
+    norm = _norm(finite, dims)
     masks = (x != x, x >= top, x <= -top, x.abs() <= least)
     counts = [mask.sum(dims or None, dtype=torch.float32).sum() for mask in masks]
     # With no finite value there is no norm; NaN outlasts any fold, as the worst that the step saw.
@@ -119,9 +123,19 @@ def _in_graph(x: Tensor) -> Tensor:
     if not surely(elements > 0):  # a size that is data may turn out to be zero, of which there is no mean and no maximum
         elements, peaks = torch.sym_max(elements, 1), torch.cat([peaks.flatten(), peaks.new_zeros(1)])  # type: ignore[no-untyped-call]
         dims = ()
-    norm = torch.where(counts[0] + counts[1] + counts[2] < elements, squares.sum(dtype=_widest(x)).sqrt(), math.nan)
+    norm = torch.where(counts[0] + counts[1] + counts[2] < elements, norm, math.nan)
     absmax = peaks.amax(dims).amax()
     return torch.stack([norm.float(), absmax.float(), *counts[:3], -counts[3] / elements])
+
+
+def _norm(finite: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The norm, `[]`; the squares summed over `dims` in float32, or all of them in float64."""
+    wide = _widest(finite)
+    if not dims:
+        return finite.to(wide).square().sum().sqrt()
+    lifted = finite * _LIFT
+    plain, tiny = ((part * part).sum(dims).sum(dtype=wide) for part in (finite, lifted))
+    return torch.where(plain < _TINY, tiny.sqrt() / _LIFT, plain.sqrt())
 
 
 def _row_dims(x: Tensor) -> tuple[int, ...]:
@@ -158,4 +172,7 @@ def _on_host(x: Tensor) -> tuple[float, float, float, float, float, float]:
         flat = torch.where(flat.abs() < math.inf, flat, 0)
         squares = float(flat.double().square().sum()) if nan + posinf + neginf < x.numel() else math.nan
     low, high = torch.aminmax(flat)
-    return math.sqrt(squares), max(-float(low), float(high), 0.0), nan, posinf, neginf, -zeros / x.numel()
+    absmax = max(-float(low), float(high), 0.0)
+    if absmax > 0 and squares < _TINY:
+        squares = float(flat.double().square().sum())
+    return math.sqrt(squares), absmax, nan, posinf, neginf, -zeros / x.numel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -43,9 +44,9 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
             if row is not None and row.recording and (self.training or torch.is_grad_enabled()):
                 # Branched here and not a call further: frames of torch's layers are left alone, those of ours are compiled.
                 if torch.compiler.is_compiling():
-                    tap_in_graph(self, row, output)
+                    tap_in_graph(self, row, (args, kwargs), output)
                 else:
-                    tap_eagerly(self, row, output)
+                    tap_eagerly(self, row, (args, kwargs), output)
             return output
 
         def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
@@ -74,8 +75,16 @@ def tapped_class(plain: type[nn.Module]) -> type[nn.Module]:
 
     Tapped.__name__, Tapped.__qualname__, Tapped.__module__ = plain.__name__, plain.__qualname__, plain.__module__
     Tapped.__doc__ = plain.__doc__
-    Tapped.forward.__code__ = _code_in_place_of(plain.forward, Tapped.forward.__code__)  # type: ignore[attr-defined]
+    if has_forward(plain):
+        Tapped.forward.__code__ = _code_in_place_of(plain.forward, Tapped.forward.__code__)  # type: ignore[attr-defined]
+    else:
+        del Tapped.forward
     return Tapped
+
+
+def has_forward(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a layer type is a method, behind which a tap can come."""
+    return not isinstance(inspect.getattr_static(kind, "forward"), (staticmethod, classmethod, property))
 
 
 def _without_taps(state: Any) -> Any:

@@ -25,31 +25,34 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
 from . import _stats
+from ._onlookers import no_training, no_training_eagerly, readable, unseen
 from ._row import LiveRow
 
 _FOLDING = threading.Lock()
 """A fold reads and writes: of two threads that run one model, neither may overwrite what the other has just folded in."""
 
 
-def tap_in_graph(layer: nn.Module, row: LiveRow, output: Any) -> None:
-    """Tap every tensor in the output of a layer, while Dynamo traces."""
-    if not _no_training():
+def tap_in_graph(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> None:
+    """Tap every tensor in the output of a layer, while Dynamo traces; `given` is what the layer was called with."""
+    if not no_training():
+        inputs = _tensors_in(given, [])
         for x in _tensors_in(output, []):
-            _TAP(x, layer._nobs_output, layer._nobs_output_grad, row.clock)
+            _TAP(x, inputs, layer._nobs_output, layer._nobs_output_grad, row.clock)
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]
-def tap_eagerly(layer: nn.Module, row: LiveRow, output: Any) -> None:
+def tap_eagerly(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> None:
     """The same outside of graphs."""
-    if torch.autograd.forward_ad._current_level >= 0 or _no_training():  # dual numbers are no readings either
+    if no_training_eagerly():
         return
     slot: Any = layer._nobs_output
     grad_slot: Any = layer._nobs_output_grad
     try:
-        for x in _tensors_in(output, []):
-            if not isinstance(x, FakeTensor):  # which has a shape and no values
+        with torch._C.DisableTorchFunctionSubclass():  # a tensor type of the user's may answer as it likes
+            for x in _tensors_in(output, []):
                 _fold_now(row, x, slot, row.clock)
-                _on_gradient(x, partial(_fold_now, row, slot=grad_slot))
+                inputs = _tensors_in(given, []) if x._is_view() else []
+                _on_gradient(x, inputs, partial(_fold_now, row, slot=grad_slot))
     except Exception as error:
         row.give_up(error)
 
@@ -57,20 +60,23 @@ def tap_eagerly(layer: nn.Module, row: LiveRow, output: Any) -> None:
 @torch._dynamo.disable  # type: ignore[untyped-decorator]  # in a loop whose graph broke Dynamo would compile this as well
 def _fold_now(row: LiveRow, x: Tensor, slot: Tensor, clock: Tensor | None = None) -> None:
     """Fold the line of a tensor into a slot. An error of nobs must never end a run: recording stops, and is said once."""
+    if not row.recording:  # the backward of a recorded forward, but inside `paused()`
+        return
     try:
-        if not _stats.measurable(x):
+        if not (readable(x) and _stats.measurable(x)):  # a gradient may be of another kind than its tensor
             return
-        if clock is not None:
+        with unseen():
+            if clock is not None:
+                with _FOLDING:
+                    clock = clock.add_(1).clone()
+            measured = _stats.measure(x, clock)
             with _FOLDING:
-                clock = clock.add_(1).clone()
-        measured = _stats.measure(x, clock)
-        with _FOLDING:
-            _stats.fold(slot, measured)
+                _stats.fold(slot, measured)
     except Exception as error:
         row.give_up(error)
 
 
-def _fold_in_graph(x: Tensor, slot: Tensor, grad_slot: Tensor, clock: Tensor) -> None:
+def _fold_in_graph(x: Tensor, given: list[Tensor], slot: Tensor, grad_slot: Tensor, clock: Tensor) -> None:
     """What the operator is made of. Called with tensors that stand for the user's: Dynamo's, then AOTAutograd's.
 
     Whoever runs Dynamo's graph as it is (`backend="eager"`) calls it in each step, and the hook is one on the user's tensor.
@@ -89,11 +95,11 @@ def _fold_in_graph(x: Tensor, slot: Tensor, grad_slot: Tensor, clock: Tensor) ->
         with torch.no_grad():
             _stats.fold(grad_slot, _stats.measure_in_graph(grad))
 
-    _on_gradient(x, fold)
+    _on_gradient(x, given, fold)
 
 
-def _on_gradient(x: Tensor, fold: Callable[[Tensor], None]) -> None:
-    """Call `fold` with the gradient of a tensor, if one comes: the sum over all that is made of it.
+def _on_gradient(x: Tensor, given: list[Tensor], fold: Callable[[Tensor], None]) -> None:
+    """Call `fold` with the gradient of a layer's output, if one comes: the sum over all that is made of it.
 
     On the node, and not on the tensor, whose hooks are lost where a view of it is written to.
     """
@@ -103,7 +109,7 @@ def _on_gradient(x: Tensor, fold: Callable[[Tensor], None]) -> None:
         if grad is not None:  # an operator behind the layer may give none, which is not one of zeros
             fold(grad)
 
-    made = _made(x)
+    made = _made(x, given)
     node, place = made.grad_fn, made.output_nr
     if node is not None:
         node.register_prehook(before)
@@ -112,15 +118,17 @@ def _on_gradient(x: Tensor, fold: Callable[[Tensor], None]) -> None:
     # Nor on the user's own leaf, a parameter that is its layer's output: there hooks would stay, one more each step.
 
 
-def _made(x: Tensor) -> Tensor:
+def _made(x: Tensor, given: list[Tensor]) -> Tensor:
     """The tensor whose node sees the gradient: x, or what it shows all of in another shape (a linear layer's product).
 
     A write to a view gives it a new node, of which autograd calls no hook of the old one; to the node behind it the gradient
-    comes either way, and with the same statistics. (The gradient of a part of a tensor that is then written to is not seen.)
+    comes either way, and with the same statistics. Not where that node made what the layer was given: to it comes the gradient
+    of all its uses. (So the gradient of a view of the input, or of a part, that is then written to is not seen.)
     """
     base = x._base if x._is_view() else None
-    whole = base is not None and base.grad_fn is not None and base.dtype == x.dtype and _stats.surely(base.numel() == x.numel())
-    return base if whole else x  # type: ignore[return-value]
+    if base is None or base.grad_fn is None or base.dtype != x.dtype or not _stats.surely(base.numel() == x.numel()):
+        return x
+    return x if any((g._base if g._is_view() else g) is base for g in given) else base
 
 
 def _save_unchecked(slot: Tensor) -> None:
@@ -153,19 +161,8 @@ def _parts(output: Any) -> Iterable[Any]:
         return output
     if isinstance(output, Mapping):
         return output.values()
-    fields = getattr(output, "__dataclass_fields__", ())  # Dynamo of torch 2.7 cannot trace `dataclasses.is_dataclass`
-    if not isinstance(output, type):
-        return [getattr(output, name, None) for name in fields]
-    return ()
-
-
-def _no_training() -> bool:
-    """Whether the tensors are no readings of anything: under vmap and func.grad, and where a model is exported or traced."""
-    # By type: while Dynamo traces, the interpreter that is not there is not None. The flag, and not is_exporting(), which is
-    # always true to the Dynamo of torch 2.7.
-    transformed = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return transformed or torch.compiler._is_exporting_flag or tracing
+    # Of its type: a tracer's stand-in has any attribute. Dynamo of torch 2.7 cannot trace `dataclasses.is_dataclass`.
+    return [getattr(output, name, None) for name in getattr(type(output), "__dataclass_fields__", ())]
 
 
 def _fingerprint() -> str:
@@ -178,6 +175,6 @@ def _fingerprint() -> str:
 
 _NAME = f"tap_{_fingerprint()}"
 _LIBRARY = torch.library.Library("nobs", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"{_NAME}(Tensor x, Tensor(a!) slot, Tensor(b!) grad_slot, Tensor(c!) clock) -> ()")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"{_NAME}(Tensor x, Tensor[] given, Tensor(a!) slot, Tensor(b!) grad_slot, Tensor(c!) clock) -> ()")  # type: ignore[no-untyped-call]
 _LIBRARY.impl(_NAME, _fold_in_graph, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 _TAP = getattr(torch.ops.nobs, _NAME).default

@@ -212,6 +212,7 @@ class Recorder:
             )
         self._engine.load_state(unpacked(state["triggers"]))
         self._step = state["step"]
+        self._ring.row.go_to(self._step)
         self._mute_until = 0
 
     # -- failing ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Faults planted in real training: the layer, the site, the step and the cause that the diagnosis names."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -156,15 +157,19 @@ def test_planted_faults(name, tmp_path, capsys):
 
 
 def test_execution_order_not_name_order(tmp_path, capsys):
-    """A NaN that enters at the embedding dirties every layer; `embed` comes last by registration and first by execution."""
+    """A NaN that is born in the first block dirties `head` too, which is registered before it and runs behind it."""
 
     def fault(step, model, optimizer, batch):
         if step == 5:
-            model.embed.weight.data[:] = math.nan
+            model.blocks[0].up.register_forward_pre_hook(lambda module, given: (given[0] * math.nan,))
         return batch
 
     report = failing_run(Tokens(), fault, tmp_path)
-    assert (report.findings[0].layer, report.findings[0].site) == ("embed", "weight")
+    assert (report.findings[0].layer, report.findings[0].site) == ("blocks.0.up", "output")
+    assert not any(name in report.findings[0].evidence for name in ("head", "blocks.1", "blocks.2"))
+    table = capsys.readouterr().err.split("layers in execution order")[1]
+    shown = re.findall(r"embed|blocks\.0\.\w+|head", table)
+    assert list(dict.fromkeys(shown)) == ["embed", "blocks.0.norm", "blocks.0.up", "blocks.0.down", "head"]
 
 
 def test_float16_overflow(tmp_path, capsys):

@@ -1,8 +1,12 @@
 """Gradients of parameters: what the optimizer found, however the loop goes about it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 
 import nobs
 
@@ -162,6 +166,109 @@ def test_hooks_of_others():
         model(torch.ones(2, 3)).sum().backward()
     ring.add(0, 0.0)
     assert ring.history()["(model)", "weight.grad", "norm"][0] == pytest.approx(8 * 3**0.5, rel=1e-6)
+
+
+def test_a_hook_that_clips(tmp_path):
+    """It writes to the gradient and not to the parameter: two micro-batches are one gradient, from the first step on."""
+    model = nobs.instrument(nn.Linear(3, 1, bias=False))
+
+    def clip(parameter):
+        parameter.grad.clamp_(-1000, 1000)
+
+    model.weight.register_post_accumulate_grad_hook(clip)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with nobs.Recorder(model, optimizer=optimizer, directory=tmp_path, triggers=[]) as recorder:
+        for _ in range(3):
+            for scale in (100.0, -99.0):
+                (model(torch.ones(2, 3)).sum() * scale).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(1.0)
+        assert recorder.history()["(model)", "weight.grad", "norm"] == pytest.approx([2 * 3**0.5] * 3, rel=1e-6)
+
+
+def test_an_optimizer_behind_the_accumulation():
+    """torch.distributed's optimizer in the backward sits where nobody sees it: from the second step on it is known."""
+    model = nn.Linear(3, 1, bias=False)
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    ring = nobs.RingBuffer(nobs.instrument(model))
+    for step in range(3):
+        before = model.weight.norm().item()
+        model(torch.ones(2, 3)).sum().backward()
+        ring.add(step, 0.0)
+        row = next(ring.drain())
+        if step == 0:  # neither a gradient that is gone nor a weight behind its update
+            assert row["(model)", "weight.grad", "norm"] != row["(model)", "weight.grad", "norm"]
+            assert row["(model)", "weight", "norm"] != row["(model)", "weight", "norm"]
+        else:
+            assert row["(model)", "weight.grad", "norm"] == pytest.approx(2 * 3**0.5, rel=1e-6)
+            assert row["(model)", "weight", "norm"] == pytest.approx(before, rel=1e-6)
+
+
+class _Waits(torch.autograd.Function):
+    """The identity; its backward stops until all threads have come so far."""
+
+    @staticmethod
+    def forward(ctx, x, barrier):
+        ctx.barrier = barrier
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.barrier.wait()
+        return grad, None
+
+
+def test_many_backwards_at_once():
+    """Twelve threads in the middle of their backwards: none forgets which parameters it had touched before."""
+    model = nobs.instrument(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)))
+    ring = nobs.RingBuffer(model)
+    barrier = threading.Barrier(12)
+
+    def train(thread):
+        middle = _Waits.apply(model[0](torch.ones(2, 4)), barrier)
+        model[2 if thread == 0 else 1](middle).sum().backward()
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(train, range(12)))
+    ring.add(0, 0.0)
+    row = next(ring.drain())
+    for name in "012":
+        assert row[name, "weight.grad", "norm"] == pytest.approx(model[int(name)].weight.grad.norm().item(), rel=1e-5)
+
+
+def test_parameters_that_torch_swaps():
+    """With torch's flag for it `.double()` and `load_state_dict` exchange the parameters; they are watched again."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = nobs.instrument(nn.Linear(3, 1))
+        ring = nobs.RingBuffer(model)
+        model.double()
+        model.load_state_dict(nn.Linear(3, 1).state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    norms = []
+    for step in range(2):
+        model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+        norms.append(model.weight.grad.norm().item())
+        ring.add(step, 0.0)
+    assert ring.history()["(model)", "weight.grad", "norm"][1] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_a_layer_unfrozen_while_nothing_else_is_watched():
+    """Nothing calls back while all that is recorded is frozen: the change is noticed some steps later."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    nobs.instrument(model, layers="0")
+    model[0].requires_grad_(False)
+    ring = nobs.RingBuffer(model)
+    for step in range(20):
+        if step == 5:
+            model[0].requires_grad_(True)
+        model(torch.ones(2, 4)).sum().backward()
+        ring.add(step, 0.0)
+    norms = ring.history()["0", "weight.grad", "norm"]
+    assert not (norms[:5] > 0).any()
+    assert (norms[15:] > 0).all()
 
 
 def test_an_embedding_that_writes_to_its_weight(tmp_path):

@@ -409,3 +409,43 @@ def test_pickles_of_odd_layers(make):
         assert not any(key.startswith("_nobs_") for key in vars(twin[0]))
         twin(torch.ones(1, 3))
         assert "_nobs_plain" not in vars(type(twin[0]))
+
+
+class Static(nn.Linear):
+    """Its forward is no method."""
+
+    @staticmethod
+    def forward(x):
+        return x + 1
+
+
+class Made(nn.Linear):
+    """Its forward is made anew at each call."""
+
+    @property
+    def forward(self):
+        return lambda x: nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [Static, Made])
+def test_a_forward_that_is_no_method(kind):
+    """It runs as without nobs; there is nowhere to put a tap, and the parameters are recorded."""
+    with pytest.warns(nobs.NobsWarning, match="output of 0: its forward is no plain method"):
+        model = nobs.instrument(nn.Sequential(kind(3, 3), nn.Linear(3, 2)))
+    ring = nobs.RingBuffer(model)
+    model(torch.ones(1, 3)).sum().backward()
+    ring.add(0, 0.0)
+    sites = {layer.name: set(layer.sites) for layer in ring.history().layers}
+    assert {"weight", "bias"} <= sites["0"] <= {"weight", "bias", "weight.grad", "bias.grad"}
+    assert sites["1"] >= {"output", "output.grad", "weight.grad"}
+
+
+def test_inside_inference_mode():
+    """A model that is loaded and instrumented there is trained and recorded outside."""
+    model = nn.Linear(3, 1)
+    with torch.inference_mode():
+        nobs.instrument(model)
+    ring = nobs.RingBuffer(model)
+    model(torch.ones(2, 3)).sum().backward()
+    ring.add(0, 0.0)
+    assert next(ring.drain())["(model)", "weight.grad", "norm"] == pytest.approx(2 * 3**0.5, rel=1e-6)

@@ -21,12 +21,21 @@ SMALL = [name for name, specimen in ZOO.items() if not specimen.large]
 PARAMETRIZED = ("weight_norm", "spectral_norm")
 
 
+def made(name, observed=False):
+    """A model of the zoo, ready to run."""
+    model = ZOO[name].make().train()
+    if observed:
+        nobs.instrument(model)
+    ZOO[name].ready(model)
+    return model
+
+
 def pair(name):
     """A model with its taps and the same one without."""
     torch.manual_seed(0)
-    plain = ZOO[name].make()
+    plain = made(name)
     torch.manual_seed(0)
-    return nobs.instrument(ZOO[name].make()), plain
+    return made(name, observed=True), plain
 
 
 def facts(model):
@@ -61,7 +70,7 @@ def test_it_looks_the_same(name):
 def test_it_is_given_back(name):
     """The very classes, attributes and hooks that were there before, also after some training."""
     specimen = ZOO[name]
-    model = specimen.make().train()
+    model = made(name)
     loss_of(model, specimen.inputs(2)).backward()  # what layers keep on themselves is there now
     before = facts(model)
     nobs.instrument(model)
@@ -118,8 +127,8 @@ def test_a_model_is_free_to_die(name):
     """Dropped, it is gone at once and without the collector, where it is so without nobs; and with it in any case."""
     alive = []
     for observed in (False, True):
-        model = ZOO[name].make().train()
-        ring = nobs.RingBuffer(nobs.instrument(model)) if observed else None
+        model = made(name, observed)
+        ring = nobs.RingBuffer(model) if observed else None
         loss_of(model, ZOO[name].inputs(2)).backward()
         if ring:
             ring.add(0, 0.0)
@@ -309,6 +318,31 @@ def test_a_graph_that_breaks_around_layers(whole_step, fresh_dynamo):
     assert counts[0] == counts[1]
     assert ring.history()["layers.2", "output.grad", "norm"][0] > 0
     assert ring.history()["layers.0", "weight.grad", "norm"][0] > 0
+
+
+def test_a_compiled_model_is_given_back(fresh_dynamo):
+    """The same compiled object trains on without taps, as if there had never been any, and is recorded again later."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    nobs.instrument(model)
+    call = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    x = torch.ones(2, 3)
+    for observed in (True, False, True):
+        if observed and fresh_dynamo["stats"]["unique_graphs"]:
+            nobs.instrument(model)
+        ring = nobs.RingBuffer(model) if observed else None
+        model.zero_grad()
+        call(x).sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        if ring is not None:
+            ring.add(0, 0.0)
+            assert ring.history()["0", "output", "norm"][0] > 0
+            nobs.uninstrument(model)
+        assert type(model[0]) is nn.Linear
+        assert all(parameter._post_accumulate_grad_hooks is None for parameter in model.parameters())
+        model.zero_grad()
+        model(x).sum().backward()
+        assert all(torch.equal(ours, parameter.grad) for ours, parameter in zip(gradients, model.parameters(), strict=True))
+    assert fresh_dynamo["stats"]["unique_graphs"] == 2  # with taps, and without
 
 
 def test_many_types_of_layers_compiled_apart(fresh_dynamo):

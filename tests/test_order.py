@@ -64,12 +64,12 @@ def test_branches_that_run_on_some_steps(how, fresh_dynamo):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_registered_in_another_order(compiled, recompute, fresh_dynamo):
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition", "inductor"])
+def test_registered_in_another_order(backend, recompute, fresh_dynamo):
     """Head first, embedding last; recomputed layers stand where they first ran."""
     model = nobs.instrument(Tokens(recompute=recompute, depth=2))
     ring = nobs.RingBuffer(model)
-    call = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else model
+    call = torch.compile(model, fullgraph=True, backend=backend) if backend else model
     call(model.batch()[0]).sum().backward()
     ring.add(0, 0.0)
     ran = names_that_ran(ring.history())

@@ -105,6 +105,30 @@ def test_resuming(model, tmp_path):
             recorder.load_state_dict({"step": 3, "triggers": garbage})
 
 
+def test_resuming_between_two_samples(tmp_path):
+    """With `every=5` a run that goes on at step 7 samples step 10 next, as it would have without the break."""
+    model = nobs.instrument(Images(), every=5)
+    with nobs.Recorder(model, directory=tmp_path, triggers=[]) as recorder:
+        run(recorder, model, 7)
+    with nobs.Recorder(model, directory=tmp_path, triggers=[]) as resumed:
+        resumed.load_state_dict(recorder.state_dict())
+        run(resumed, model, 10)
+        history = resumed.history()
+    assert history.steps[history["fc", "output", "norm"] > 0].tolist() == [10, 15]
+
+
+def test_a_part_of_the_model_that_moves_alone(tmp_path):
+    """After instrumenting: the recording ends with the reason, the run goes on, and a new recorder refuses by name."""
+    model = nobs.instrument(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    recorder = nobs.Recorder(model, directory=tmp_path)
+    model[1].to("meta")
+    recorder.step(0.0)
+    with pytest.warns(nobs.NobsWarning, match=r"the training goes on[\s\S]*layers on cpu \(0\) and meta \(1\)"):
+        recorder.step(0.0)
+    with pytest.raises(BadSetting, match=r"layers on cpu \(0\) and meta \(1\)[\s\S]*layers=\[...\]"):
+        nobs.Recorder(model)
+
+
 def test_wrong_calls(model):
     """A loss that is no number raises each time; an unknown on_failure at once."""
     with nobs.Recorder(model) as recorder:
@@ -129,6 +153,7 @@ def test_step_costs_no_python_per_layer(tmp_path):
             calls += event == "call"
 
         recorder.step(1.0)
+        net(torch.ones(1, 2)).sum().backward()
         gc.disable()  # what the collector calls, when it happens to run, is not the step's
         try:
             sys.setprofile(count)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nobs"
 
 FLOORS = [
     {"errors"},
-    {"_columns", "_names", "_order"},
+    {"_columns", "_names", "_order", "_onlookers"},
     {"_history"},
     {"_schema"},
     {"_stats", "_layers", "_codec", "_case", "_link", "_checkpoint", "_sigterm"},

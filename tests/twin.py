@@ -27,8 +27,8 @@ def reference(tensor):
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    x = tensor.detach().to(torch.float64).numpy().ravel()
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    x = tensor.detach().resolve_neg().to(torch.float64).numpy().ravel()
     finite = x[np.isfinite(x)]
     nan, posinf, neginf = np.isnan(x).sum(), np.isposinf(x).sum(), np.isneginf(x).sum()
     return {
