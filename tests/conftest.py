@@ -42,7 +42,8 @@ def pytest_terminal_summary(terminalreporter):
     if cells:
         terminalreporter.section("mode x model: largest relative error of a statistic, graphs and breaks (without nobs -> with)")
         for cell in sorted(cells, key=lambda cell: (cell["model"], cell["mode"])):
-            terminalreporter.write_line("{model:18} {mode:30} {backend:10} {error:7.1e}  {graphs}".format(**cell))
+            line = "refused: {refused}" if "refused" in cell else "{backend:10} {error:7.1e}  {graphs}"
+            terminalreporter.write_line(("{model:18} {mode:30} " + line).format(**cell))
 
 
 @pytest.fixture(autouse=True)

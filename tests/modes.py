@@ -1,70 +1,18 @@
-"""The ways in which people train: how a model is called (eager, compiled, recomputed), and what a step of the loop does."""
+"""The ways in which people train: what a step does, and the loop. How a model is called is in `zoo`."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import zoo
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from twin import Twin
 from zoo import Specimen, loss_of
 
 import nobs
 from nobs._history import Row
-
-# -- how the model is called: (specimen, model, backend) -> what stands in for the model --------------------------------
-
-
-def eager(specimen, model, backend):
-    return model
-
-
-def whole(specimen, model, backend):
-    return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend)
-
-
-def any_size(specimen, model, backend):
-    """Every size is a symbol; in a large model, where each costs minutes, the batch's alone."""
-    if not specimen.large:
-        return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend, dynamic=True)
-    compiled = whole(specimen, model, backend)
-
-    def call(images):
-        torch._dynamo.maybe_mark_dynamic(images, 0)
-        return compiled(images)
-
-    return call
-
-
-def per_block(specimen, model, backend):
-    for block in specimen.blocks(model):
-        block.compile(fullgraph=specimen.fullgraph, backend=backend)
-    return model
-
-
-def recomputed(specimen, model, backend):
-    return functools.partial(checkpoint, model, use_reentrant=False)
-
-
-def recomputed_inside(specimen, model, backend):
-    return torch.compile(recomputed(specimen, model, backend), fullgraph=specimen.fullgraph, backend=backend)
-
-
-def selectively_inside(specimen, model, backend):
-    def policy(context, operator, *args, **kwargs):
-        saved = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    selective = functools.partial(checkpoint, model, use_reentrant=False, context_fn=contexts)
-    return torch.compile(selective, fullgraph=specimen.fullgraph, backend=backend)
-
-
-def recomputed_around(specimen, model, backend):
-    return functools.partial(checkpoint, whole(specimen, model, backend), use_reentrant=False)
-
 
 # -- what a step does ---------------------------------------------------------------------------------------------------
 
@@ -133,6 +81,9 @@ def scaled(loop, first, second):
     return loss
 
 
+# Else Inductor reuses the memory of what a second backward reads; its caches would give a backward that was made to do so.
+@torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False)
+@torch._inductor.config.patch(fx_graph_cache=False)
 def two_losses(loop, first, second):
     """Two losses over one graph, each with a backward of its own, one update."""
     losses = []
@@ -173,9 +124,9 @@ def evaluated(loop, first, second):
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train. `extra_graphs`: how many graphs nobs may add."""
+    """A way to train: how the model is called, what a step does, on which sizes of batches."""
 
-    prepare: Callable = eager
+    prepare: Callable = zoo.eager
     step: Callable = plain
     every: int = 1
     sizes: tuple[int, ...] = (4,) * 5
@@ -185,7 +136,7 @@ class Mode:
     compiled: bool = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "compiled", self.prepare not in (eager, recomputed))
+        object.__setattr__(self, "compiled", self.prepare not in (zoo.eager, zoo.recomputed))
 
 
 bf16, fp16 = (functools.partial(autocast, dtype) for dtype in (torch.bfloat16, torch.float16))
@@ -198,32 +149,34 @@ MODES = {
     "autocast bf16": Mode(step=bf16),
     "autocast fp16": Mode(step=fp16),
     "scaler": Mode(step=scaled, scaler=True),
-    "checkpoint": Mode(recomputed),
+    "checkpoint": Mode(zoo.recomputed),
     "two losses": Mode(step=two_losses),
     "two optimizers": Mode(step=two_optimizers, optimizers=2),
     "evaluation": Mode(step=evaluated),
     "frozen": Mode(frozen=True),
     "every 2": Mode(every=2),
-    "compiled": Mode(whole),
-    "compiled blocks": Mode(per_block),
-    "compiled, sizes": Mode(whole, sizes=growing),
-    "compiled, dynamic": Mode(any_size, sizes=growing),
-    "compiled, forwards first": Mode(whole, forwards_first),
-    "compiled blocks, accumulated": Mode(per_block, accumulated),
-    "compiled, autocast bf16": Mode(whole, bf16),
-    "compiled, scaler": Mode(whole, scaled, scaler=True),
-    "compiled, evaluation": Mode(whole, evaluated),
-    "compiled, frozen": Mode(whole, frozen=True),
-    "compiled, every 2": Mode(whole, every=2),
-    "checkpoint inside": Mode(recomputed_inside),
-    "selective inside": Mode(selectively_inside),
-    "checkpoint around": Mode(recomputed_around),
+    "compiled": Mode(zoo.whole),
+    "compiled blocks": Mode(zoo.per_block),
+    "compiled, sizes": Mode(zoo.whole, sizes=growing),
+    "compiled, dynamic": Mode(zoo.any_size, sizes=growing),
+    "compiled, forwards first": Mode(zoo.whole, forwards_first),
+    "compiled blocks, accumulated": Mode(zoo.per_block, accumulated),
+    "compiled, two losses": Mode(zoo.whole, two_losses),
+    "compiled, two optimizers": Mode(zoo.whole, two_optimizers, optimizers=2),
+    "compiled, autocast bf16": Mode(zoo.whole, bf16),
+    "compiled, scaler": Mode(zoo.whole, scaled, scaler=True),
+    "compiled, evaluation": Mode(zoo.whole, evaluated),
+    "compiled, frozen": Mode(zoo.whole, frozen=True),
+    "compiled, every 2": Mode(zoo.whole, every=2),
+    "checkpoint inside": Mode(zoo.recomputed_inside),
+    "selective inside": Mode(zoo.selectively_inside),
+    "checkpoint around": Mode(zoo.recomputed_around),
 }
 
 
 if torch.__version__ < "2.9":
     # Its backends without kernels check the version of every tensor that a graph keeps, that of a slot too, and of the twin's.
-    del MODES["compiled, forwards first"]
+    del MODES["compiled, forwards first"], MODES["compiled, two losses"]
 
 # -- a run --------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +192,13 @@ class Outcome:
     lines: list = field(default_factory=list)
 
 
+def looks_of(specimen, sizes, parameters):
+    """How many steps the twin looks at: it reads some ten million parameters, and as many gradients, a second."""
+    if not specimen.large:
+        return len(sizes)
+    return 300_000_000 // sum(p.numel() for p in parameters) if sizes is growing else 2
+
+
 def run(
     specimen: Specimen, mode: Mode, *, observed: bool, watched: bool = False, backend="inductor", directory="crashes"
 ) -> Outcome:
@@ -246,15 +206,18 @@ def run(
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(1)
-    model = specimen.make().train()
+    model = ((mode.prepare is zoo.per_block and specimen.deeper) or specimen.make)().train()
     parameters = list(model.parameters())
     if mode.frozen:
         for parameter in parameters[: len(parameters) // 2]:
-            parameter.requires_grad_(False)
-    sizes = [max(2, size // 2) if specimen.large else size for size in mode.sizes]
+            parameter.requires_grad = False  # as a method, a lazy one has it not yet
+    sizes = mode.sizes if mode.sizes is growing or not specimen.large else [size // 2 for size in mode.sizes]
     batches = [(specimen.inputs(size), specimen.inputs(size)) for size in sizes]
     if observed:
         nobs.instrument(model, every=mode.every)
+    specimen.ready(model)
+    parameters = list(model.parameters())
+    looks = looks_of(specimen, sizes, parameters)
     twin = Twin(model) if watched else None
     optimizers = [torch.optim.SGD(parameters[i :: mode.optimizers], lr=0.01) for i in range(mode.optimizers)]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) if mode.scaler else None
@@ -271,8 +234,8 @@ def run(
         if twin and not twin.asleep:
             outcome.lines.append(twin.lines(scale) if loop.steps % mode.every == 0 else {})
             twin.clear()
-            if specimen.large and loop.steps == 1:
-                twin.sleep()  # it reads a hundred million numbers a step
+            if len(outcome.lines) == looks:
+                twin.sleep()
         for optimizer in optimizers:
             optimizer.zero_grad()
         outcome.losses.append(loss.item())
@@ -282,7 +245,6 @@ def run(
         if recorder._ring.row.broken:
             raise recorder._ring.row.broken
         history = recorder.history()
-        outcome.rows = [
-            Row(int(step), 0.0, {}, history.table, values) for step, values in zip(history.steps, history.values, strict=True)
-        ]
+        steps = zip(history.steps, history.values, strict=True)
+        outcome.rows = [Row(int(step), 0.0, {}, history.table, values) for step, values in steps]
     return outcome

@@ -92,15 +92,6 @@ class Outputs(nn.Module):
         return torch.randn(n, 5, 6), torch.randint(0, 6, (n,))
 
 
-NETS = {
-    "tokens": Tokens,
-    "recomputed tokens": lambda: Tokens(recompute=True),
-    "images": Images,
-    "outputs": Outputs,
-}
-"""Name -> a function that makes the model; `model.batch()` makes inputs and labels."""
-
-
 def loss_of(model, batch):
     x, y = batch
     return F.cross_entropy(model(x), y)

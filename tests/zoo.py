@@ -1,13 +1,18 @@
-"""The models that people train: torchvision's, transformers' from tiny random configurations, and torch.nn's own."""
+"""The models that people train: torchvision's, transformers' from tiny random configurations, and torch.nn's own.
 
+And how a model is called: in eager, compiled, recomputed.
+"""
+
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from nets import Images, Outputs, Tokens
-from odd import ODD
+from odd import ODD, rows
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
 def longest_list(model):
@@ -27,6 +32,10 @@ class Specimen:
     large: bool = False
     """Its kernels take minutes to compile: in most modes everything but the kernels is compiled."""
     blocks: Callable[[nn.Module], Iterable[nn.Module]] = longest_list
+    deeper: Callable[[], nn.Module] | None = None
+    """The same with more than one block, for where those are compiled one by one; in all other modes it costs time alone."""
+    ready: Callable[[nn.Module], None] = lambda model: None
+    """Gives the model its parameters, where `make` gives it none; called behind `nobs.instrument`."""
 
 
 def loss_of(call, inputs):
@@ -62,19 +71,28 @@ def vision(name, **options):
     return make
 
 
-def transformer(model, config, **options):
-    def make():
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def with_layers(options, layers):
+    """A copy, also because a configuration changes what it is given."""
+    return {
+        key: layers if key in LAYERS else with_layers(value, layers) if isinstance(value, dict) else value
+        for key, value in options.items()
+    }
+
+
+def transformer(model, config, inputs, blocks=longest_list, **options):
+    def make(layers=1):
         from torchvision_anyway import torchvision
 
         torchvision()  # transformers imports it
         import transformers
 
-        parts = {
-            key: dict(value) if isinstance(value, dict) else value for key, value in options.items()
-        }  # a configuration changes what it is given
+        parts = with_layers(options, layers)
         return getattr(transformers, model)(getattr(transformers, config)(**parts)).train()
 
-    return make
+    return Specimen(make, inputs, blocks=blocks, deeper=functools.partial(make, layers=2))
 
 
 _BOTH = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -93,26 +111,108 @@ TORCHVISION = {
 }
 
 TRANSFORMERS = {
-    "gpt2": Specimen(transformer("GPT2LMHeadModel", "GPT2Config", use_cache=False, **_GPT2), tokens),
-    "bert": Specimen(transformer("BertModel", "BertConfig", **_TEXT), tokens),
-    "llama": Specimen(transformer("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=1, use_cache=False, **_TEXT), tokens),
-    "vit": Specimen(transformer("ViTModel", "ViTConfig", **_SIGHT), pixels),
-    "t5": Specimen(
-        transformer("T5ForConditionalGeneration", "T5Config", use_cache=False, **_T5),
+    "gpt2": transformer("GPT2LMHeadModel", "GPT2Config", tokens, use_cache=False, **_GPT2),
+    "bert": transformer("BertModel", "BertConfig", tokens, **_TEXT),
+    "llama": transformer("LlamaForCausalLM", "LlamaConfig", tokens, num_key_value_heads=1, use_cache=False, **_TEXT),
+    "vit": transformer("ViTModel", "ViTConfig", pixels, **_SIGHT),
+    "t5": transformer(
+        "T5ForConditionalGeneration",
+        "T5Config",
         lambda n: tokens(n) | {"decoder_input_ids": torch.randint(2, 48, (n, 5))},
-        blocks=lambda m: m.encoder.block,
+        lambda m: [*m.encoder.block, *m.decoder.block],
+        use_cache=False,
+        **_T5,
     ),
-    "clip": Specimen(
-        transformer("CLIPModel", "CLIPConfig", projection_dim=16, **_CLIP),
+    "clip": transformer(
+        "CLIPModel",
+        "CLIPConfig",
         lambda n: tokens(n) | pixels(n),
-        blocks=lambda m: m.text_model.encoder.layers,
+        lambda m: [*m.text_model.encoder.layers, *m.vision_model.encoder.layers],
+        projection_dim=16,
+        **_CLIP,
     ),
 }
 
 OWN = {
-    "tokens": Specimen(Tokens, lambda n: Tokens.batch(n)[:1]),
+    "tokens": Specimen(lambda: Tokens(depth=2), lambda n: Tokens.batch(n)[:1]),
+    "recomputed tokens": Specimen(lambda: Tokens(recompute=True, depth=2), lambda n: Tokens.batch(n)[:1]),
     "images": Specimen(Images, lambda n: Images.batch(n)[:1]),
     "outputs": Specimen(Outputs, lambda n: Outputs.batch(n)[:1]),
 }
 
-ZOO = TORCHVISION | TRANSFORMERS | OWN | {name: Specimen(*parts) for name, parts in ODD.items()}
+
+def on_meta():
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+
+
+def materialised(model):
+    model.to_empty(device="cpu")
+    for part in model:
+        part.reset_parameters()
+
+
+def dry_run(model):
+    with torch.no_grad():
+        model(torch.randn(2, 8))
+
+
+LATE = {
+    "lazy": Specimen(
+        lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(2)), rows(8), ready=dry_run
+    ),
+    "meta": Specimen(on_meta, rows(8), ready=materialised),
+}
+
+ZOO = TORCHVISION | TRANSFORMERS | OWN | {name: Specimen(*parts) for name, parts in ODD.items()} | LATE
+
+# -- how the model is called: (specimen, model, backend) -> what stands in for the model --------------------------------
+
+
+def eager(specimen, model, backend):
+    return model
+
+
+def whole(specimen, model, backend):
+    return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend)
+
+
+def any_size(specimen, model, backend):
+    """Every size is a symbol; in a large model, where each costs minutes, the batch's alone."""
+    if not specimen.large:
+        return torch.compile(model, fullgraph=specimen.fullgraph, backend=backend, dynamic=True)
+    compiled = whole(specimen, model, backend)
+
+    def call(images):
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        return compiled(images)
+
+    return call
+
+
+def per_block(specimen, model, backend):
+    for block in specimen.blocks(model):
+        block.compile(fullgraph=specimen.fullgraph, backend=backend)
+    return model
+
+
+def recomputed(specimen, model, backend):
+    return functools.partial(checkpoint, model, use_reentrant=False)
+
+
+def recomputed_inside(specimen, model, backend):
+    return torch.compile(recomputed(specimen, model, backend), fullgraph=specimen.fullgraph, backend=backend)
+
+
+def selectively_inside(specimen, model, backend):
+    def policy(context, operator, *args, **kwargs):
+        saved = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    selective = functools.partial(checkpoint, model, use_reentrant=False, context_fn=contexts)
+    return torch.compile(selective, fullgraph=specimen.fullgraph, backend=backend)
+
+
+def recomputed_around(specimen, model, backend):
+    return functools.partial(checkpoint, whole(specimen, model, backend), use_reentrant=False)
