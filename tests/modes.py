@@ -196,7 +196,7 @@ def looks_of(specimen, sizes, parameters):
     """How many steps the twin looks at: it reads some ten million parameters, and as many gradients, a second."""
     if not specimen.large:
         return len(sizes)
-    return 300_000_000 // sum(p.numel() for p in parameters) if sizes is growing else 2
+    return max(2, 80_000_000 // sum(p.numel() for p in parameters)) if sizes is growing else 2
 
 
 def run(

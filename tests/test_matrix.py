@@ -3,6 +3,7 @@
 A covering subset here; all of it with `pytest --matrix`, or `tox run -e matrix`.
 """
 
+import functools
 import itertools
 import re
 
@@ -16,13 +17,17 @@ from zoo import TORCHVISION, TRANSFORMERS, ZOO
 BOUND = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "": 1e-5}
 """The largest relative error. Inductor measures half-precision values before they are rounded to their 8 or 11 bits."""
 
+LAST_BIT = {"rtol": 1e-6, "atol": 1e-7}
 ROUNDS = {
     ("bfloat16", "compiled"): {"rtol": 2.0**-7, "atol": 2.0**-10},
-    ("outputs", "compiled, scaler"): {"rtol": 1e-6, "atol": 1e-7},
+    ("outputs", "compiled, scaler"): LAST_BIT,
+    ("root parameter", "compiled"): LAST_BIT,
+    ("t5", "compiled"): LAST_BIT,
 }
 """The only cells where kernels with taps give other numbers than kernels without, and how far off those may be.
 
-Beside a tap Inductor may round a half value to memory that it else keeps in a register, in full.
+Beside a tap Inductor may round a half value to memory that it else keeps in a register, in full; and where it draws the line
+between two kernels otherwise, a product and a sum are no longer rounded once.
 """
 
 EAGER = [name for name, mode in MODES.items() if not mode.compiled]
@@ -37,11 +42,12 @@ WITH_KERNELS = {
     *((name, "compiled") for name in [*SMALL, "resnet18"]),
     *itertools.product(["tokens"], COMPILED),
     *itertools.product(["images", "outputs"], KERNELS),
-    *(("images", mode) for mode in COMPILED[::3]),
-    *(("outputs", mode) for mode in COMPILED[1::3]),
 }
 """Compiled to the last, by Inductor, and not only up to its kernels. Those take a minute where all before takes seconds."""
 WITH_KERNELS.remove(("complex", "compiled"))  # Inductor stops at the twin's operator there
+
+LEFT_OUT = {*itertools.product(LARGE, ("compiled, two losses", "compiled, two optimizers"))}
+"""For time: minutes of compiling for what the small models show, and the large ones in eager."""
 
 UNCOMPILED = {*itertools.product(("lstm", "gru"), ("checkpoint inside", "selective inside"))}
 """Here Dynamo compiles nothing: it does not look into recurrent layers, and a checkpointed part must be one graph."""
@@ -73,7 +79,7 @@ def covering():
 
 
 def everything():
-    yield from itertools.product(ZOO, MODES)
+    yield from (cell for cell in itertools.product(ZOO, MODES) if cell not in LEFT_OUT)
 
 
 def pytest_generate_tests(metafunc):
@@ -128,12 +134,12 @@ def test_a_cell(name, mode, request, record_property, tmp_path):
 
     sampled = way.compiled and way.every > 1 and any(site == "output" for _, site in watched.lines[0])
     assert ours.graphs == (plain.graphs[0] * (1 + sampled), plain.graphs[1]), (plain.graphs, ours.graphs)
-    again = run(specimen, way, observed=False, backend=backend) if kernels else plain
+    remake = functools.partial(run, specimen, way, observed=False, backend=backend) if kernels else lambda: plain
     for observed in (ours, watched) if alone and not specimen.large else (ours,):
         if kernels and (name, mode) in ROUNDS:
             assert_close(observed, plain, **ROUNDS[name, mode])
         else:
-            assert_no_further(observed, plain, again)
+            assert_no_further(observed, plain, remake)
     half = "bfloat16" if "bf16" in mode or name == "bfloat16" else "float16" if "fp16" in mode or way.scaler else ""
     looked = len(watched.lines)
     error, where = max(furthest(row, lines) for row, lines in zip(watched.rows[:looked], watched.lines, strict=True))
@@ -159,12 +165,13 @@ def everything_of(outcome):
     return outcome.state | {"(losses)": torch.tensor(outcome.losses, dtype=torch.float64)}
 
 
-def assert_no_further(ours, plain, again):
+def assert_no_further(ours, plain, remake):
     """Where kernels are made anew, nobs moves no number further than making them once more does; elsewhere not one bit."""
-    ours, again = everything_of(ours), everything_of(again)
-    for key, theirs in everything_of(plain).items():
-        if not torch.equal(ours[key], theirs):
-            assert (ours[key] - theirs).abs().max() <= (again[key] - theirs).abs().max(), key
+    ours, plain = everything_of(ours), everything_of(plain)
+    moved = [key for key, theirs in plain.items() if not torch.equal(ours[key], theirs)]
+    again = everything_of(remake()) if moved else {}
+    for key in moved:
+        assert (ours[key] - plain[key]).abs().max() <= (again[key] - plain[key]).abs().max(), key
 
 
 def assert_close(ours, plain, rtol, atol):
