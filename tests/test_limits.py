@@ -167,6 +167,7 @@ def test_a_layer_that_writes_to_its_own_weight():
     assert row["(model)", "weight.grad", "norm"] > 1.5 * model.weight.grad.norm().item()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="the Dynamo of torch 2.7 runs such a checkpoint, with taps too")
 def test_a_checkpoint_inside_of_code_that_is_not_compiled(fresh_dynamo):
     """`backend="eager"` runs Dynamo's graph as it is, and the recomputation finds the tap's line written to."""
     model = nobs.instrument(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
