@@ -100,9 +100,9 @@ class GradientWatch:
             return False
         with torch._C.DisableTorchFunctionSubclass():  # a lazy parameter refuses everything else until it has a shape
             # Known by the hook, and not by a weak reference to it, with which torch refuses to swap it (`swap_tensors`).
-            if watched.handle is not None and watched.handle.id in (parameter._post_accumulate_grad_hooks or ()):
-                return False
             if watched.handle is not None:
+                if watched.handle.id in (parameter._post_accumulate_grad_hooks or ()):
+                    return False
                 watched.handle.remove()
             watched.handle = parameter.register_post_accumulate_grad_hook(partial(self._arm, watched))  # type: ignore[no-untyped-call]
             hooks: Any = parameter._post_accumulate_grad_hooks
@@ -141,7 +141,9 @@ class GradientWatch:
         task = torch._C._current_graph_task_id()
         if task not in self._touched:
             if len(self._touched) >= 8:  # what backwards of earlier steps, ended by an error, have left behind
-                self._touched = {t: kept for t, kept in self._touched.items() if kept[0] == self._row.blanks}
+                for old, (blanks, _) in list(self._touched.items()):  # a copy, and in place: other threads put theirs in
+                    if blanks != self._row.blanks:
+                        self._touched.pop(old, None)
             self._touched[task] = self._row.blanks, []
             engine: Any = torch.autograd.Variable._execution_engine
             # Queued twice over, to run behind DDP's own callback, which waits for the reduction.

@@ -110,9 +110,7 @@ class RingBuffer:
                     "use the newer one",
                 )
             )
-        if self.row.values.device != self._device:
-            self.row.check_device()
-        if self.row.broken is not None:  # said at the next call
+        if self.row.values.device != self._device and not self._follow():
             return
         given = {name: value for name, value in scalars.items() if value is not None}
         with torch.no_grad():  # a recording is no part of the user's graph
@@ -134,13 +132,18 @@ class RingBuffer:
                 on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
         return _Record(step, time.time(), on_host, dict(self.row.written_scalars), _named(batch))
 
+    def _follow(self) -> bool:
+        """The model has moved: memory begins anew on its new device. Not where a part moved alone; the next call says so."""
+        if not self.row.on_one_device():
+            return False
+        self._device = self.row.values.device
+        self._link = self._new_link()
+        self._records.clear()
+        self._drained = self._added
+        return True
+
     def _make_room(self) -> int:
         """The place of the next row. A row there that nobody has drained is kept for `drain`, up to `capacity` of them."""
-        if self.row.values.device != self._device:  # the model has moved: memory begins anew on its new device
-            self._device = self.row.values.device
-            self._link = self._new_link()
-            self._records.clear()
-            self._drained = self._added
         if self._added - self._drained >= self.capacity:
             place = self._drained % self.capacity
             if not self._link.arrived(place):

@@ -123,12 +123,14 @@ class LiveRow:
             for layer in layers.values():
                 self.bind(layer, vars(layer)["_nobs_tap"])
 
-    def check_device(self) -> None:
-        """After a move: give up, with the reason, where a part of the model moved alone."""
+    def on_one_device(self) -> bool:
+        """Whether the model moved as a whole; where a part of it moved alone recording stops, with the reason."""
         try:
             device_of({} if self.watch is None else self.watch.layers(), "recording a model")
         except BadSetting as error:
             self.give_up(RuntimeError(str(error)))  # as an error of nobs: the run goes on
+            return False
+        return True
 
     def write_scalar(self, name: str, value: Tensor) -> None:
         """Put a scalar tensor into the row without asking for its value; the first use of a name takes a free place."""
