@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ._columns import ABSMAX, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
+from ._columns import ABSMAX, ELEMENTS, FIRST, NEGINF, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from ._history import History, Tap, bad_counts
 from ._names import parents, places
 from ._schema import Failure
@@ -66,6 +66,23 @@ class Case:
         known = {layer.name: float(layer.order) for layer in self.history.layers if layer.order is not None}
         return {name: min(at, len(known)) for name, at in places(known, (layer.name for layer in self.history.layers)).items()}
 
+    @cached_property
+    def ran(self) -> frozenset[str]:
+        """The layers that ran, as layers."""
+        return frozenset(layer.name for layer in self.history.layers if layer.order is not None)
+
+    @property
+    def elements(self) -> NDArray[np.float64]:
+        return self.values[..., ELEMENTS]
+
+    def dtype(self, event: Event) -> str | None:
+        """The dtype that a site had at its last run."""
+        tap = self.tap(event)
+        return next(
+            (layer.sites[tap.site].dtype for layer in self.history.layers if layer.name == tap.layer and tap.site in layer.sites),
+            None,
+        )
+
     def tap(self, event: Event) -> Tap:
         return self.history.table.taps[event.line]
 
@@ -78,7 +95,7 @@ class Case:
 
         A layer's own parameters may be used before the layers inside it, and so have their gradient after all of them.
         """
-        ran = {layer.name for layer in self.history.layers if layer.order is not None}
+        ran = self.ran
         place = {name: at for name, at in self.place.items() if name in ran}
         for name in ran:
             for parent in parents(name):
@@ -108,9 +125,24 @@ class Case:
     def first_bad(self) -> Event | None:
         """The very first tap with a NaN or an Inf."""
         rows = np.flatnonzero(self.bad.any(axis=1))
-        if not rows.size:
+        loss, given = self.history.scalars.get("loss"), self.history.given.get("loss")
+        lost = (
+            np.flatnonzero(given & ~np.isfinite(loss)) if loss is not None and given is not None else np.empty(0, dtype=np.intp)
+        )
+        judged = [self.end] if self.failure is not None and self.failure.trigger == "NonFinite" else []
+        row = min([*rows[:1], *lost[lost <= self.end][:1], *judged], default=None)
+        if row is None:
             return None
-        return min(self.event(int(rows[0]), int(line)) for line in np.flatnonzero(self.bad[rows[0]]))
+        lines = {*np.flatnonzero(self.bad[row]).tolist(), *self.new_masks(int(row))}
+        if not lines:  # the loss alone, so far
+            row, lines = (rows[0], set(np.flatnonzero(self.bad[rows[0]]).tolist())) if rows.size else (row, lines)
+        return min((self.event(int(row), int(line)) for line in lines), default=None)
+
+    def new_masks(self, row: int) -> list[int]:
+        """Outputs with -Inf in a bad step that had none in any step before: that is no mask, but a log of zero."""
+        outputs = self.history.table.of_kind[OUTPUT]
+        masked = np.nan_to_num(self.values[: row + 1, outputs, NEGINF]) > 0
+        return [int(line) for line in outputs[masked[row] & ~masked[:row].any(axis=0)]] if row else []
 
     @cached_property
     def logs(self) -> NDArray[np.float64]:

@@ -18,13 +18,19 @@ COLUMNS = ("norm", "absmax", "nan", "posinf", "neginf", "zeros", "elements", "fi
 `norm` (L2) and `absmax` are over the finite values, and `norm` is NaN where none was; what is beyond float32's range reads as
 infinity; `nan`, `posinf`, `neginf` are counts, exact up to 2**24; `zeros` is a fraction;
 `elements` the tensor's size; `first` the reading of the step's clock when the tap first ran, with the code of the dtype
-in sixteenths behind the point (see DTYPES), and infinity where the tap did not run.
+in sixteenths behind the point (see DTYPES), and infinity where the tap did not run. A parameter has no place in that
+order: before the point it has TRAINED where it asks for a gradient, and 1 where it is frozen.
 """
+
+TRAINED = 2
 
 NORM, ABSMAX, NAN, POSINF, NEGINF, ZEROS, ELEMENTS, FIRST = range(len(COLUMNS))
 
 DTYPES = ("", "float32", "bfloat16", "float16", "float64", "complex64", "complex128", "complex32")
 """A dtype's place here is its code in the `first` column; place 0 is any other."""
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.4e38, "float64": 1.8e308}
+"""The largest number of a dtype."""
 
 OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD = KINDS = ("output", "output.grad", "parameter", "parameter.grad")
 

@@ -42,7 +42,9 @@ def report_of(ring: RingBuffer, reason: str, failure: Failure | None = None, exc
         history = ring.history(wait=False)
     report = replace(ring.report(reason, history), failure=failure, exception=exception)
     try:
-        return replace(report, findings=diagnose(history, failure))
+        decay = report.run.get("second_moment_decay")
+        known = decay if isinstance(decay, float) else None
+        return replace(report, findings=diagnose(history, failure, exception=exception, second_moment_decay=known))
     except Exception as error:  # a history without a diagnosis is still the history
         _complain("could not diagnose the failure", error)
         return report

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import _stats
+from ._columns import FIRST, TRAINED
 from ._onlookers import readable, unseen
 from ._row import FIRST_TAP_LINE, LiveRow
 
@@ -244,6 +245,8 @@ class GradientWatch:
             watched.valued = self._row.blanks
             measured = _measured(parameter)
             if measured is not None:
+                if parameter.requires_grad:  # stored negated, as `first` folds by minimum
+                    measured[FIRST] -= TRAINED - 1
                 self._row.values[watched.line].copy_(measured)
 
 

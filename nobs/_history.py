@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, NEGINF, OUTPUT, PARAMETER, STATISTICS, Floats, read
+from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, NEGINF, OUTPUT, PARAMETER, PARAMETER_GRAD, STATISTICS, Floats, read
 from ._names import safe_text
 from ._order import execution_order
 from .errors import UnknownLayer, explain
@@ -53,6 +53,17 @@ class TapTable:
         """For each parameter, in the order of `of_kind`, the line of its gradient; -1 where there is none."""
         taps = [self.taps[i] for i in self.of_kind[PARAMETER]]
         return np.array([self.lines.get((tap.layer, f"{tap.site}.grad"), -1) for tap in taps], dtype=np.intp)
+
+    @cached_property
+    def trained_layers(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """For each gradient of a parameter, in the order of `of_kind`: the parameter's line, the output's of its layer, and a
+        number of the layer, from 0 on. -1 where there is no such line: a ParameterList has no output."""
+        taps = [self.taps[i] for i in self.of_kind[PARAMETER_GRAD]]
+        parameters = [self.lines.get((tap.layer, tap.site.removesuffix(".grad")), -1) for tap in taps]
+        outputs = [self.lines.get((tap.layer, OUTPUT), -1) for tap in taps]
+        numbers = {layer: i for i, layer in enumerate(dict.fromkeys(tap.layer for tap in taps))}
+        of_layer = [numbers[tap.layer] for tap in taps]
+        return np.array(parameters, np.intp), np.array(outputs, np.intp), np.array(of_layer, np.intp)
 
     def line(self, layer: str, site: str) -> int:
         """The line of a layer's site, or `UnknownLayer` naming what there is."""

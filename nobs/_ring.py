@@ -54,6 +54,7 @@ class RingBuffer:
 
     Attributes:
         waits: how often `add` had to wait because the device was a whole ring behind.
+        facts: what else is known of the run, for its reports; plain numbers and strings.
 
     Memory: `capacity x (3 + taps) x 32` bytes on the host, and as much on an accelerator.
     """
@@ -63,6 +64,7 @@ class RingBuffer:
         self._off = _launch.disabled()
         self.row = LiveRow(TapTable(()), torch.device("cpu"), 1) if self._off else _row_of(model)
         self.waits = 0
+        self.facts: dict[str, object] = {}
         self._said = False
         self._device = self.row.values.device
         self._link = self._new_link()
@@ -190,6 +192,7 @@ class RingBuffer:
                 "compiled": counters["stats"]["unique_graphs"] > self._graphs_before,
                 "capacity": self.capacity,
                 "every": self.row.every,
+                **self.facts,
             },
         )
 

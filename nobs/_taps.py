@@ -128,7 +128,17 @@ def _made(x: Tensor, given: list[Tensor]) -> Tensor:
     base = x._base if x._is_view() else None
     if base is None or base.grad_fn is None or base.dtype != x.dtype or not _stats.surely(base.numel() == x.numel()):
         return x
-    return x if any((g._base if g._is_view() else g) is base for g in given) else base
+    return x if any((g._base if g._is_view() else g) is base for g in given) or _through_users(x, base) else base
+
+
+def _through_users(x: Tensor, base: Tensor) -> bool:
+    """Whether a `Function` of the user's lies between a view and its base: its backward may give another gradient on."""
+    node: Any = x.grad_fn
+    while node is not None and node is not base.grad_fn:
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return False
 
 
 def _save_unchecked(slot: Tensor) -> None:

@@ -86,6 +86,18 @@ class UpdateWatch:
         rates, self._rates = self._rates or {}, None
         return rates
 
+    @property
+    def optimizers(self) -> int:
+        """How many there are."""
+        return len(self._optimizers)
+
+    def facts(self) -> dict[str, object]:
+        """Which optimizers there are, and how slowly one of Adam's family forgets: beta2, from the first group that has one."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        decays = [float(group["betas"][1]) for group in groups if len(group.get("betas", ())) == 2]
+        names = ", ".join(dict.fromkeys(type(_innermost(optimizer)).__name__ for optimizer in self._optimizers))
+        return ({"optimizer": names} if names else {}) | ({"second_moment_decay": decays[0]} if decays else {})
+
     def forget(self) -> None:
         """The running step is dropped."""
         self._rates = None

@@ -67,7 +67,7 @@ class Recorder:
         optimizer: one or a list; its learning rate is recorded as the optimizer was about to use it.
         scaler: the GradScaler, so that gradients are reported unscaled and the steps it skips are no alarm.
         capacity: how many steps to remember.
-        triggers: what judges each row, in place of `nobs.triggers.DEFAULT`.
+        triggers: what judges each row, in place of `nobs.triggers.DEFAULT` (with several optimizers, of `SEVERAL`).
         directory: where dumps go, as `<directory>/<run>/step<NNNNNNNN>/rank<NNNNN>.json` and `.png`.
         on_failure: "raise"; "warn" to report, warn and go on (at most one report every `capacity` steps); "stop" to report
             and leave the `with` block quietly, with the report in `recorder.report`.
@@ -103,10 +103,11 @@ class Recorder:
             )
         if not isinstance(directory, (str, os.PathLike)):
             raise BadSetting(explain("Recorder(directory=...)", repr(directory), "a path", 'directory="crashes"'))
-        self._engine = _engine(triggers)
         self._ring = RingBuffer(model, capacity=capacity)
         self._update = UpdateWatch(self._ring.row, optimizer, scaler)
+        self._engine = _engine(triggers, self._update.optimizers)
         self._update.attach()
+        self._ring.facts = self._update.facts()
         self._run_directory = Path(directory) / _launch.run_name()
         self._on_failure = on_failure
         self._step = 0
@@ -288,8 +289,9 @@ class Recorder:
         self._sigterm.stop()
 
 
-def _engine(chosen: Sequence[triggers.Trigger] | None) -> triggers.TriggerEngine:
-    return triggers.TriggerEngine.only(triggers.DEFAULT if chosen is None else chosen)
+def _engine(chosen: Sequence[triggers.Trigger] | None, optimizers: int) -> triggers.TriggerEngine:
+    usual = triggers.SEVERAL if optimizers > 1 else triggers.DEFAULT
+    return triggers.TriggerEngine.only(usual if chosen is None else chosen)
 
 
 def _is_clean_exit(error: BaseException) -> bool:

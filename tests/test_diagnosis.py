@@ -131,7 +131,7 @@ class LoudForward(PoisonedForward):
 
 FAULTS = {
     "a gradient x 1e6": (lambda: tokens(LoudBackward), nan_in_forward, "gradient_explosion", "blocks.1.up", AT),
-    "an output x 1e5": (lambda: tokens(LoudForward), nan_in_forward, "unknown", "blocks.1.up", AT),
+    "an output x 1e5": (lambda: tokens(LoudForward), nan_in_forward, "gradient_explosion", "blocks.1.up", AT),
     "NaN in a forward": (lambda: tokens(PoisonedForward), nan_in_forward, "nonfinite_forward", "blocks.1.up", AT),
     "NaN in a backward": (lambda: tokens(PoisonedBackward), nan_in_forward, "nonfinite_backward", "blocks.1.up", AT),
     "NaN in a weight": (Tokens, nan_in_weight, "nonfinite_weight", "blocks.2.up", AT),

@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.cells import cell_len
 from samples import story_report
 from strategies import reports
@@ -27,6 +28,28 @@ def printed(report, width=80, **options):
     buffer = io.StringIO()
     print_report(report, Path("crashes/run/step00000349/rank00000.json"), file=buffer, width=width, **options)
     return buffer.getvalue()
+
+
+def spreading(report, out, factor=10.0):
+    """The report with `factor` on the norms of some layers: {layer: (0 output or 3 gradient, first row)}."""
+    values = report.history.values.copy()
+    for layer, (kind, row) in out.items():
+        values[row:, (len(report.layers) - 1 - layer) * 4 + kind, 0] *= factor
+    return replace(report, history=replace(report.history, values=values))
+
+
+def blaming(report, step):
+    """The report with a first finding of a step, which names the layer of the first tap, if there is one."""
+    layer = report.history.table.taps[0].layer
+    return replace(report, findings=tuple(replace(finding, layer=layer, step=step) for finding in report.findings))
+
+
+def blaming_the_loss(report):
+    return replace(report.findings[0], layer=None, site="loss", confidence=0.8)
+
+
+def on_one_line(text):
+    return re.sub(r"\s+", " ", text)
 
 
 @pytest.mark.parametrize("name", ["few", "many"])
@@ -65,6 +88,111 @@ def test_what_failed_stands_first():
     assert "NaN/Inf" in marked
 
 
+def test_the_order_of_the_answers():
+    """What failed and when, which layer first, how it spread, why and how sure, what to do, where the files are."""
+    first = story_report().findings[0]
+    others = [replace(first, cause="bad_batch", confidence=0.2), replace(first, cause="overflow", confidence=0.1), first]
+    text = printed(replace(story_report(), findings=(first, *others)))
+    answers = [
+        "loss is NaN at step 349", "first wrong: blocks.3", " spread blocks.3", "layers in execution order", "▶ blocks.3",
+        "\n loss ", "\n   lr ", " why gradient_explosion, in blocks.3.attention.up (70% sure)", "12.3 times its median",
+        "  or bad_batch", "(20% sure)", "  or overflow", "(10% sure)", "  do clip gradients", "  dump ", " again ", " nobs 0.1.0",
+    ]  # fmt: skip
+    places = [text.find(answer) for answer in answers]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert text.count("% sure") == 3
+    assert text.count("clip gradients") == 1
+
+
+def test_how_it_spread():
+    """Layers that go out one after the other stand in that order in the sentence, each with its step in the table."""
+    report = spreading(story_report(), {4: (0, 37), 2: (3, 38), 1: (3, 40)})
+    text = printed(report, 120)
+    steps = {"3": "(step 335)", "4": "(337)", "2": "(338)", "1": "(340)"}
+    assert f"spread {' → '.join(f'blocks.{i}.attention.up {step}' for i, step in steps.items())}" in on_one_line(text)
+    since = {line[2:].split()[0]: line.split("Linear")[1].split()[0] for line in text.splitlines() if " Linear " in line}
+    assert {name: step for name, step in since.items() if step.isdigit()} == {
+        "blocks.1.attention.up": "340",
+        "blocks.2.attention.up": "338",
+        "blocks.3.attention.up": "335",
+        "blocks.4.attention.up": "337",
+    }
+    narrow = printed(report, 40)  # the sentence stays, and says it all
+    assert f"spread {' → '.join(f'blocks.{i}.a…on.up {step}' for i, step in steps.items())}" in on_one_line(narrow)
+    assert not {"since", "output"} & set(narrow.split())
+
+
+def test_how_it_spread_further():
+    """Four layers by name, all of them in the table too, the others counted with the last one's step."""
+    report = spreading(story_report(layers=300, guilty=123), {i: (3, 36 + i // 50) for i in range(0, 300, 10)})
+    told = on_one_line(printed(report, 100)).split("spread ")[1]
+    names = [f"blocks.{i}.attention.up" for i in (123, 40, 30, 20)]
+    sentence = f"{names[0]} (step 335) → {names[1]} (336) → {names[2]} (336) → {names[3]} (336) → 27 more by step 341 "
+    assert told.startswith(sentence)
+    assert all(f"{name} Linear 33" in told for name in names)
+    assert "-> 27 more by step 341" in on_one_line(ascii_of(report))
+
+
+def test_nothing_spread():
+    """A layer that was alone in it is said to be; where none left its usual range, or nothing failed, nothing is said."""
+    report = story_report()
+    assert "spread blocks.3.attention.up (step 335); no other layer followed" in printed(report)
+    calm = report.history.values.copy()
+    calm[..., 2] = 0  # NaN
+    calm[..., 0] = 5.0 + np.arange(50)[:, None] / 10  # to twice of what it was
+    for silent in (
+        replace(report, failure=None, findings=(), reason="manual"),
+        replace(report, failure=None, findings=(), exception="KeyboardInterrupt"),
+        replace(report, history=replace(report.history, values=calm), findings=()),
+        replace(report, history=replace(report.history, values=calm), findings=(blaming_the_loss(report),)),
+    ):
+        text = printed(silent)
+        assert "layers in execution order" in text
+        assert "spread" not in text
+        assert "since" not in text
+
+
+def test_within_a_step_as_it_is_computed():
+    """GIVEN a NaN in an output, THEN the layers behind it come first, and then those before it as backward reaches them."""
+    report = story_report()
+    values = report.history.values.copy()
+    values[..., 0], values[..., 2] = 5.0, 0
+    for layer in range(6):
+        for kind in (0, 3) if layer >= 3 else (3,):
+            values[-1, (5 - layer) * 4 + kind, 2] = 1
+    nan = replace(report, history=replace(report.history, values=values), findings=())
+    assert [line.name[7] for _, line in _story.spread(_story.lines(nan))] == ["3", "4", "5", "2", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("values", "left"),
+    [
+        ([1, 1, 1, 1, 1, 1], None),
+        ([1, 1, 1, 1, 4, 4], 4),
+        ([1, 1, 1, 2.9, 3.1, 9], 4),
+        ([1, 1, 1, 1, 0.09, 0.05], 4),
+        ([1, 1, 1, 0, 0, 0], 3),
+        ([1, 1, 1, 1, 4, 1], None),  # came back
+        ([1, 1, 1, 9, 1, 9], 5),
+        ([1, 1, 9, 9, 9, 9], 3),  # out before it began, and so from then on
+        ([1, 1, 1, 9, None, None], 3),  # did not run any more
+        ([1, None, 1, 9, 9, 9], None),  # two readings tell nothing usual
+        ([0, 0, 0, 9, 9, 9], None),
+        ([1, 1, 1, 1, 4, "bad"], 4),
+        (["bad", 1, "bad", 1, "bad", "bad"], 4),  # NaN needs no usual range
+        ([1, 1, 1, np.inf, np.inf, np.inf], 3),
+        ([None] * 6, None),
+        ([1, 1, 1, 1, 1, 1, 9], None),  # after the failing step
+    ],
+)
+def test_left_at(values, left):
+    """Three times its median before the failure began, a tenth of it, or not finite: from a row on until the failing one."""
+    bad = np.array([value == "bad" for value in values])
+    series = np.array([np.nan if value in (None, "bad") else value for value in values], dtype=np.float64)
+    assert _story.left_at(series, bad, 3, 5) == left
+
+
 def test_plain_in_a_pipe_and_with_no_color(monkeypatch):
     """No escape sequence in a pipe; colours where FORCE_COLOR asks for them, and never with NO_COLOR."""
     assert "\x1b" not in printed(story_report())
@@ -74,13 +202,17 @@ def test_plain_in_a_pipe_and_with_no_color(monkeypatch):
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", printed(story_report()))
 
 
-def test_ascii_where_the_encoding_has_no_more():
-    """A terminal in Latin-1 gets ASCII instead of an error."""
+def ascii_of(report):
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    print_report(story_report(), file=file, width=80)
+    print_report(report, file=file, width=80)
     file.flush()
-    text = raw.getvalue().decode("ascii")
+    return raw.getvalue().decode("ascii")
+
+
+def test_ascii_where_the_encoding_has_no_more():
+    """A terminal in Latin-1 gets ASCII instead of an error."""
+    text = ascii_of(story_report())
     (marked,) = [line for line in text.splitlines() if line.startswith("> blocks.3")]
     assert "X  NaN/Inf" in marked
 
@@ -94,17 +226,17 @@ def test_hostile_names_are_harmless():
 
 
 @settings(max_examples=30)
-@given(reports)
-def test_any_report_prints(report):
+@given(reports, st.integers(0, 9), st.sampled_from([20, 60, 100]))
+def test_any_report_prints(report, step, width):
     """GIVEN any report that can be loaded, THEN it prints, and no control character gets through."""
-    text = printed(report)
+    text = printed(report) + printed(blaming(report, step), width)
     assert all(c.isprintable() or c == "\n" for c in text)
 
 
 def test_no_layer_is_guilty_of_what_the_loss_did():
     """GIVEN a first finding about the loss itself and a second about a layer, THEN no arrow points at the second."""
     report = story_report()
-    loss = replace(report.findings[0], layer=None, site="loss", confidence=0.8)
+    loss = blaming_the_loss(report)
     blames_loss = replace(report, findings=(loss, report.findings[0]))
     assert "first wrong: the loss itself" in printed(blames_loss)
     assert "▶" not in printed(blames_loss)
@@ -134,11 +266,36 @@ def test_the_figure(layers, panels, tmp_path):
     assert red.sum() > 500, "nothing is marked in red"
 
 
+@pytest.mark.parametrize(("layers", "panels"), [(6, 3), (300, 5)])
+def test_the_figure_says_when_and_where_first(layers, panels):
+    """In the title the step and the layer first wrong, and why; in each panel a dashed line there, in the heat map a ring."""
+    report = spreading(story_report(layers=layers), {4: (0, 37), 2: (3, 38), 1: (3, 40)})
+    figure = draw(report)
+    said = ["loss is NaN at step 349", "first wrong: blocks.3.attention.up (Linear), weight.grad, at step 335"]
+    assert figure.get_suptitle().splitlines()[:2] == said
+    assert "why: gradient_explosion (70% sure): the gradient left its band at 12.3" in figure.get_suptitle()
+    drawn = [(axes, line) for axes in figure.axes for line in axes.lines]
+    assert sum(line.get_linestyle() == "--" and set(line.get_xdata()) == {335} for _, line in drawn) == panels
+    assert {"first wrong: step 335", "failed: step 349"} <= {text.get_text() for axes in figure.axes for text in axes.texts}
+    points = [line for axes, line in drawn if axes.images and line.get_marker() == "o"]
+    marks = [(line.get_mfc(), *xy) for line in points for xy in line.get_xydata().tolist()]
+    if panels == 5:
+        assert marks == [("black", 337, 4), ("white", 335, 3), ("black", 340, 1), ("black", 338, 2)]
+
+
+def test_the_figure_of_a_step_that_was_first_wrong_and_failed():
+    """One label for both, and nothing between them."""
+    report = story_report()
+    figure = draw(replace(report, findings=(replace(report.findings[0], step=349),)))
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert said == ["first wrong and failed: step 349"]
+
+
 @settings(max_examples=10)
-@given(reports)
-def test_any_report_draws(report):
+@given(reports, st.integers(0, 9))
+def test_any_report_draws(report, step):
     """GIVEN any report that can be loaded, THEN it draws, without a warning, and into a file."""
-    draw(report)
+    draw(blaming(report, step))
     with tempfile.TemporaryDirectory() as folder:
         save_png(report, Path(folder) / "a.png")
 

@@ -15,11 +15,34 @@ A spike or a NaN never enters the average that it was compared with, and so cann
 
 from __future__ import annotations
 
+from .activation_growth import ActivationGrowth as ActivationGrowth
+from .dead_layer import DeadLayer as DeadLayer
 from .engine import DEFAULT as DEFAULT
+from .engine import SEVERAL as SEVERAL
 from .engine import TriggerEngine as TriggerEngine
 from .gradient_norm import GradientNorm as GradientNorm
+from .gradient_zscore import GradientZScore as GradientZScore
+from .input_shift import InputShift as InputShift
+from .loss_cusum import LossCusum as LossCusum
 from .loss_spike import LossSpike as LossSpike
 from .nonfinite import NonFinite as NonFinite
+from .overflow_headroom import OverflowHeadroom as OverflowHeadroom
 from .shape import Trigger as Trigger
+from .weight_jump import WeightJump as WeightJump
 
-__all__ = ["DEFAULT", "GradientNorm", "LossSpike", "NonFinite", "Trigger", "TriggerEngine"]
+__all__ = [
+    "DEFAULT",
+    "SEVERAL",
+    "ActivationGrowth",
+    "DeadLayer",
+    "GradientNorm",
+    "GradientZScore",
+    "InputShift",
+    "LossCusum",
+    "LossSpike",
+    "NonFinite",
+    "OverflowHeadroom",
+    "Trigger",
+    "TriggerEngine",
+    "WeightJump",
+]

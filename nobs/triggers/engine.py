@@ -8,10 +8,17 @@ from typing import Any
 from .._history import Row
 from .._schema import Failure
 from ..errors import BadSetting, explain
+from .activation_growth import ActivationGrowth
+from .dead_layer import DeadLayer
 from .gradient_norm import GradientNorm
+from .gradient_zscore import GradientZScore
+from .input_shift import InputShift
+from .loss_cusum import LossCusum
 from .loss_spike import LossSpike
 from .nonfinite import NonFinite
+from .overflow_headroom import OverflowHeadroom
 from .shape import Trigger
+from .weight_jump import WeightJump
 
 
 class TriggerEngine:
@@ -87,5 +94,19 @@ class TriggerEngine:
         self.states = [state for _, state in saved]
 
 
-DEFAULT = (NonFinite(), GradientNorm(100.0, factor=10.0), LossSpike())
+DEFAULT = (
+    NonFinite(),
+    WeightJump(),
+    OverflowHeadroom(),
+    ActivationGrowth(),
+    GradientNorm(100.0, factor=10.0),
+    GradientZScore(),
+    InputShift(),
+    DeadLayer(),
+    LossSpike(),
+    LossCusum(),
+)
 """What the Recorder uses."""
+
+SEVERAL = tuple(trigger for trigger in DEFAULT if not isinstance(trigger, LossCusum))
+"""What it uses with several optimizers: the loss of one of several players goes where the others let it."""

@@ -17,9 +17,10 @@ class LossBaseline(NamedTuple):
     """State of LossSpike, all in the loss's own unit but `ratio`.
 
     `mean` and `spread` are the moving average and mean absolute deviation, `low` is the lowest average, `start` the median of
-    the first losses. `peak` is the largest healthy rise above the average lately, and `ratio` the same in averages. `past` is
-    the peak before the last one to two windows, whose own are `recent`, and before the average began to climb; `age` counts
-    steps into the window. `first` holds the losses of the warm-up while it lasts.
+    the first losses and `top` the highest. `peak` is the largest healthy rise above the average lately, and `ratio` the same
+    in averages. `past` is the peak before the last one to two windows, whose own are `recent`, and before the average began
+    to climb; `age` counts steps into the window, `seen` all since the warm-up. `first` holds the losses of the warm-up while
+    it lasts.
     """
 
     mean: float = 0.0
@@ -31,6 +32,8 @@ class LossBaseline(NamedTuple):
     past: float = 0.0
     recent: tuple[float, float] = (0.0, 0.0)
     age: int = 0
+    seen: int = 0
+    top: float = 0.0
     first: tuple[float, ...] | None = ()
 
 
@@ -38,8 +41,8 @@ class LossBaseline(NamedTuple):
 class LossSpike:
     """The loss rose far above its moving average, in one step or in a slow climb.
 
-    A loss is a spike when it is above `factor` times its average, `spreads` mean absolute deviations above it, and `factor`
-    times as far above it as any healthy loss lately: losses of small batches have heavy tails. At an average near zero or
+    A loss is a spike when it is above `factor` times its average, `spreads` mean absolute deviations above it, and half as many
+    times again as far above it as any healthy loss lately: losses of small batches have heavy tails. At an average near zero or
     below, where a factor says nothing, the deviations alone decide.
 
     A climb too slow for that is caught by the average itself: it is above `factor` times the lowest that it had over about
@@ -97,7 +100,7 @@ class LossSpike:
         spread = median(abs(loss - mean) for loss in first) or 0.03 * abs(mean)  # equal losses say nothing of their scatter
         rises = sorted(max(0.0, after - before) for before, after in pairwise(first))
         peak = rises[-2] if len(rises) > 1 else 0.0  # the largest may be a spike; a descent has none
-        return LossBaseline(mean, spread, mean, mean, peak, self._ratio(peak, mean), peak, first=None)
+        return LossBaseline(mean, spread, mean, mean, peak, self._ratio(peak, mean), peak, top=max(first), first=None)
 
     def _spike_limit(self, state: LossBaseline) -> float:
         """Above this a loss is a spike; infinite while losses of zero throughout give no scale."""
@@ -106,14 +109,18 @@ class LossSpike:
         # A loss that has fallen since scatters less than it did, if not in proportion; one that is mostly zero does not.
         dense = spread < abs(state.mean) / 2
         peak = min(state.peak, math.sqrt(state.peak * state.ratio * abs(state.mean))) if dense else state.peak
-        return max(usual, state.mean + self.factor * peak)
+        limit = max(usual, state.mean + 1.5 * self.factor * peak)
+        if state.seen < self.window and math.isfinite(limit):  # soon after the warm-up little is known of the tail
+            limit = state.mean + (limit - state.mean) * (1 + self.warmup / (1 + state.seen))
+        return limit
 
     def _climb_limit(self, state: LossBaseline) -> float:
         """Above this an average has climbed. Its scatter is of before: a climb must not set the scale that it is judged by."""
         low, won = state.low, max(0.0, state.start - state.low)
         if low <= 1e-3 * state.peak:  # below zero, or nothing beside what single losses reach: it is no scale
             scatter = self.factor * max(state.past, -0.01 * low)
-            return low + won + 2 * scatter if scatter else math.inf
+            beyond = state.top + 0.1 * max(0.0, state.top - low)  # adversarial losses come back to where they began
+            return max(low + won + 2 * scatter, beyond) if scatter and (low > 0 or state.seen >= 2 * self.window) else math.inf
         half_lost = low + won / 2 if won < 15 * low else low * (state.start / low) ** 0.75
         limit = max(half_lost, low + self.factor * state.past / 2)
         if won > low:  # nearly all lost, and steady there: a network that has died
@@ -139,7 +146,9 @@ class LossSpike:
         if age >= self.window:
             climbing = mean - low > (self._climb_limit(state) - low) / 3
             past, before, now, age = past if climbing else max(past, before), now, 0.0, 0
-        return LossBaseline(mean, spread, low, state.start, peak, ratio, past, (before, now), age, None)
+        return LossBaseline(
+            mean, spread, low, state.start, peak, ratio, past, (before, now), age, state.seen + 1, state.top, None
+        )
 
 
 _LARGEST = 1e150

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._columns import FIRST, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
+from .._columns import FIRST, NEGINF, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
 from .._history import Row, Tap, bad_counts
 from .._names import places
 from .._schema import Failure
@@ -19,27 +19,35 @@ from .shape import at_least_one
 class NonFinite:
     """The loss is NaN or infinite, or a NaN or Inf is at any site.
 
-    -Inf in an output is legal, attention masks are made of it. Under a GradScaler non-finite gradients are how it finds its
-    scale: they count only when they last longer than `patience` steps.
+    -Inf in an output is legal, attention masks are made of it; but not in an output that had none for `maskless` steps. Under
+    a GradScaler non-finite gradients are how it finds its scale: they count only when they last longer than `patience` steps.
 
     Args:
         patience: with a loss scale in the row, steps in a row that gradients may be non-finite.
+        maskless: readings of an output without -Inf, from the first on, behind which -Inf is no mask.
     """
 
     patience: int = 20
+    maskless: int = 20
 
     def __post_init__(self) -> None:
-        at_least_one(self, "patience")
+        at_least_one(self, "patience", "maskless")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
         counts = bad_counts(row.values, row.table)
-        overflows = int(state or 0)
+        outputs = row.table.of_kind[OUTPUT]
+        state = _usable(state, len(outputs))
+        masks = np.where(np.isfinite(row.values[outputs, FIRST]), row.values[outputs, NEGINF], np.nan)
+        counts[outputs] += np.where((masks > 0) & (state["clean"] >= self.maskless), masks, 0)
+        overflows = state["overflows"]
         gradients = np.r_[row.table.of_kind[OUTPUT_GRAD], row.table.of_kind[PARAMETER_GRAD]]
         if "loss_scale" in row.scalars and np.isfinite(row.values[gradients, FIRST]).any():  # else: a step without taps
             overflows = overflows + 1 if counts[gradients].any() else 0
             if overflows <= self.patience:
                 counts[gradients] = 0
-        return overflows, self._loss_failure(row) or self._site_failure(row, counts)
+        # An output that has ever been masked may always be: it leaves the count for good.
+        clean = np.where(masks > 0, -np.inf, state["clean"] + (masks == 0))
+        return {"overflows": overflows, "clean": clean}, self._loss_failure(row) or self._site_failure(row, counts)
 
     def _loss_failure(self, row: Row) -> Failure | None:
         loss = row.scalars.get("loss", 0.0)
@@ -63,6 +71,11 @@ class NonFinite:
         nan, elements = row[tap.layer, tap.site, "nan"], row[tap.layer, tap.site, "elements"]
         what = "NaN" if nan == count else "Inf" if nan == 0 else "NaN or Inf"
         return f"{count:.0f} of {elements:.0f} values {what} in {tap.layer} ({tap.site}) at step {row.step}"
+
+
+def _usable(state: Any, outputs: int) -> dict[str, Any]:
+    fits = isinstance(state, dict) and len(state["clean"]) == outputs
+    return state if fits else {"overflows": 0, "clean": np.zeros(outputs)}
 
 
 def _word(value: float) -> str:

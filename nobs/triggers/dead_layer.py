@@ -1,0 +1,110 @@
+"""Layers that fell silent: an output of zeros, a gradient that is zero or does not come, or next to none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._columns import FIRST, NORM, OUTPUT, PARAMETER_GRAD, TRAINED
+from .._history import Row
+from .._schema import Failure
+from .shape import at_least_one, positive
+
+
+@dataclass(frozen=True)
+class DeadLayer:
+    """A layer that was alive gives only zeros, or its parameters get no gradient any more, for some steps on end.
+
+    Frozen parameters, layers that do not run, and losses of exactly zero are left alone; so are pauses that a layer has
+    made before (a branch that is dropped at random, a head whose task is not on). A parameter whose gradient is, from
+    the start, nothing beside the largest of the network counts too: gradients vanish through depth.
+
+    Args:
+        patience: steps on end, twice as many for gradients; and three times the longest pause that the site has made in health.
+        vanishing: a parameter's root mean square gradient as a share of the network's largest, over four times `patience`.
+        warmup: steps that a site must have been alive before its silence means something.
+
+    Cost: two dozen NumPy calls over the taps.
+    """
+
+    patience: int = 5
+    vanishing: float = 1e-6
+    warmup: int = 10
+
+    def __post_init__(self) -> None:
+        positive(self, "vanishing")
+        at_least_one(self, "patience", "warmup")
+
+    def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
+        silent, alive, weak = (np.concatenate(pair) for pair in zip(_outputs(row), _gradients(row, self.vanishing), strict=True))
+        state = _empty(len(silent)) if state is None or len(state["alive"]) != len(silent) else state
+        pause = np.where(silent, state["pause"] + 1, np.where(alive, 0, state["pause"]))
+        longest = np.where(alive, np.maximum(state["longest"], state["pause"]), state["longest"])
+        faint = np.where(weak, state["faint"] + 1, np.where(alive, 0, state["faint"]))
+        least = np.full(len(silent), 2 * self.patience)
+        least[: len(row.table.of_kind[OUTPUT])] = self.patience
+        dead = silent & (pause >= least) & (pause > 3 * longest) & (state["alive"] >= self.warmup)
+        vanished = faint >= 4 * self.patience
+        failure = None
+        if dead.any() or vanished.any():
+            failure = self._failure(row, dead if dead.any() else vanished, pause if dead.any() else faint)
+        alive_for = state["alive"] + alive
+        return {
+            "alive": alive_for,
+            "pause": np.where(dead, 0, pause),
+            "longest": longest,
+            "faint": np.where(vanished, 0, faint),
+        }, failure
+
+    def _failure(self, row: Row, which: Any, steps: Any) -> Failure:
+        first = int(np.argmax(which))
+        outputs = row.table.of_kind[OUTPUT]
+        if first < len(outputs):
+            tap, what = row.table.taps[outputs[first]], "only zeros in the output of"
+        else:
+            of_layer = row.table.trained_layers[2]
+            tap = row.table.taps[row.table.of_kind[PARAMETER_GRAD][np.argmax(of_layer == first - len(outputs))]]
+            what = "no gradient in"
+            if steps[first] >= 4 * self.patience:
+                what = f"a gradient below {self.vanishing:.0e} of the network's largest in"
+        others = f" ({int(which.sum()) - 1} more so)" if which.sum() > 1 else ""
+        message = f"{what} {tap.layer} for {steps[first]:.0f} steps until step {row.step}{others}"
+        return Failure("DeadLayer", row.step, message, tap.layer, tap.site, float(steps[first]), float(self.patience))
+
+
+def _empty(sites: int) -> dict[str, Any]:
+    return {name: np.zeros(sites) for name in ("alive", "pause", "longest", "faint")}
+
+
+def _outputs(row: Row) -> tuple[Any, Any, Any]:
+    """Which outputs are all zero, and which are not."""
+    norms = row.kind(OUTPUT, "norm")
+    return norms == 0, norms > 0, np.zeros(len(norms), dtype=bool)
+
+
+def _gradients(row: Row, vanishing: float) -> tuple[Any, Any, Any]:
+    """Which layers that ask for a gradient have none, which have one, and which next to none.
+
+    They must have been used: the output of their layer ran. Where no gradient at all is left, the loss must not be zero.
+    """
+    table, values = row.table, row.values
+    lines, (parameters, outputs, of_layer) = table.of_kind[PARAMETER_GRAD], table.trained_layers
+    ran = np.isfinite(values[lines, FIRST])
+    largest = _per_layer(of_layer, np.where(ran, row.kind(PARAMETER_GRAD, "rms"), 0))
+    unclear = _per_layer(of_layer, ran & ~(values[lines, NORM] >= 0)) > 0  # a NaN: of that NonFinite speaks
+    trained = np.floor(values[parameters, FIRST]) == TRAINED
+    used = _per_layer(of_layer, trained & np.where(outputs >= 0, np.isfinite(values[outputs, FIRST]), True)) > 0
+    most, loss = largest.max(initial=0.0), row.scalars.get("loss", 0.0)
+    asked = most > 0 or (math.isfinite(loss) and loss != 0)
+    weak = (largest > 0) & (largest < vanishing * most) & math.isfinite(most)
+    return asked & used & (largest == 0) & ~unclear, (largest > 0) & ~weak, weak & ~unclear
+
+
+def _per_layer(of_layer: Any, values: Any) -> Any:
+    """The largest of each layer's parameters."""
+    largest = np.zeros(int(of_layer.max(initial=-1)) + 1)
+    np.fmax.at(largest, of_layer, values)
+    return largest

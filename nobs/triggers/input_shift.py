@@ -1,0 +1,71 @@
+"""The first layer's output changed its size for good: the data did, not the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._columns import FIRST, OUTPUT
+from .._history import Row
+from .._schema import Failure
+from . import baseline
+from .shape import at_least_one, positive
+
+
+@dataclass(frozen=True)
+class InputShift:
+    """The output of the layer that runs first, or its largest value, is several times what is usual or a fraction of it, for
+    some steps on end.
+
+    Batches of one data set are alike, and the first layer sees nothing else: a forgotten or doubled normalisation, a loader
+    that repeats one sample.
+
+    Args:
+        factor: times larger or smaller than its average.
+        z: mean absolute deviations of the logarithm that it must also be.
+        patience: steps on end.
+        warmup: readings that only build the baseline.
+        window: the baseline's length in steps.
+    """
+
+    factor: float = 2.0
+    z: float = 8.0
+    patience: int = 3
+    warmup: int = 20
+    window: int = 20
+
+    def __post_init__(self) -> None:
+        positive(self, "factor", "z")
+        at_least_one(self, "patience", "warmup", "window")
+
+    def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
+        lines = row.table.of_kind[OUTPUT]
+        if not lines.size or not np.isfinite(row.values[lines, FIRST]).any():
+            return state, None
+        at = int(np.argmin(row.values[lines, FIRST]))
+        sizes = np.array([row.kind(OUTPUT, "rms")[at], row.kind(OUTPUT, "absmax")[at]])
+        logs = baseline.powers(sizes)
+        known: dict[str, Any] = (
+            state if state is not None and state["at"] == at else {"at": at, "out": 0, "base": baseline.empty(2)}
+        )
+        base = known["base"]
+        rise = logs - base["level"]
+        with np.errstate(invalid="ignore"):
+            out = (np.abs(rise) > math.log10(self.factor)) & (np.abs(baseline.scores(base, logs)) > self.z)
+        shifted = bool((out & (base["count"] >= self.warmup)).any())
+        steps = known["out"] + 1 if shifted else 0
+        failed = steps >= self.patience
+        failure = self._failure(row, lines[at], sizes, rise) if failed else None
+        learned = baseline.learn(base, logs, np.array([not shifted] * 2), self.window)
+        return {"at": at, "out": 0 if failed else steps, "base": learned}, failure
+
+    def _failure(self, row: Row, line: int, sizes: Any, rise: Any) -> Failure:
+        tap, which = row.table.taps[line], int(np.argmax(np.abs(np.nan_to_num(rise))))
+        size, times = float(sizes[which]), 10 ** float(rise[which])
+        what = ("rms", "largest value")[which]
+        message = f"{what} of the output of {tap.layer}, the first layer, is {size:.4g}, {times:.3g} times what is usual, for"
+        message += f" {self.patience} steps until {row.step}"
+        return Failure("InputShift", row.step, message, tap.layer, tap.site, size, size / times * self.factor)
