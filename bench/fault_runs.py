@@ -65,12 +65,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
 
 def cases(count: int, seed: int = 0) -> Iterator[Case]:
     """`count` of every fault, the models in turn; layer, step, optimizer and dtype are drawn, and one in three is compiled."""
-    random_ = random.Random(seed)
     for name, fault in FAULTS.items():
         # Convolutions in float16 take seconds on a CPU.
         half = set(fault.dtypes) <= {"float16", "unscaled float16"}
         models = [model for model in fault.models if not half or model in SEQUENCES]
         for n in range(count):
+            random_ = random.Random(f"{seed} {name} {n}")  # the first few cases are the same however many there are
             model = models[n % len(models)]
             task = _task(model, True, 0)
             layers = {"first": task.layers[:1], "none": (None,)}.get(fault.among) or getattr(task, fault.among)

@@ -1,7 +1,7 @@
 """Is the culprit named? Faults planted into real training, and healthy runs that look odd, through nobs and three other tools.
 
     python bench/faults.py                       # 468 faults, 330 healthy runs: most of an hour on two cores
-    python bench/faults.py --cases 2 --seeds 2 --no-peers     # a look
+    python bench/faults.py --cases 2 --seeds 2 --peers 0     # a look
     python bench/faults.py --json FILE           # every outcome, with machine and versions
     NOBS_MNIST=DIR python bench/faults.py        # on real images
 
@@ -41,7 +41,7 @@ def twin_of(case: Case, longest: int) -> Case:
     return replace(case, layer=None, at=case.at + longest - case.steps)
 
 
-def run_faults(group: Sequence[Case], peers: bool) -> list[tuple[Outcome | None, dict[str, Alarm | None]]]:
+def run_faults(group: Sequence[Case], peers: frozenset[str]) -> list[tuple[Outcome | None, dict[str, Alarm | None]]]:
     """All cases that share a twin; None for those that do not depart from it."""
     torch.set_num_threads(1)
     twin = record(partial(_train, twin_of(group[0], max(case.steps for case in group)), faulty=False))
@@ -52,7 +52,7 @@ def run_faults(group: Sequence[Case], peers: bool) -> list[tuple[Outcome | None,
             done.append((None, {}))
             continue
         eager = replace(case, compiled=False)
-        alarms = all_peers(lambda recording, eager=eager: train(eager, recording), faulty.losses) if peers else {}
+        alarms = all_peers(lambda recording, eager=eager: train(eager, recording), faulty.losses) if case.name in peers else {}
         done.append((score(case, faulty, twin), alarms))
     return done
 
@@ -117,17 +117,19 @@ def print_faults(outcomes: list[Outcome]) -> None:
 
 
 def print_peers(faults: list[tuple[Outcome, dict[str, Alarm | None]]], healthy: list[Any]) -> None:
-    """The three tools beside nobs: the same cases, the same healthy runs."""
+    """The three tools beside nobs: on the cases and the healthy runs that went through all four."""
+    faults, healthy = [pair for pair in faults if pair[1]], [run for run in healthy if run[3]]
     rows = [row for row, _ in faults]
-    print(f"\n{'tool':26}{'found':>8}{'layer':>8}{'cause':>8}{'false alarms in healthy runs':>32}")
+    print(f"\nthe same {len(rows)} faults and {len(healthy)} healthy runs through other tools")
+    print(f"{'tool':26}{'found':>8}{'layer':>8}{'cause':>8}{'false alarms in healthy runs':>32}")
     cells = (percent(r.detected for r in rows), percent(r.layer_first for r in rows), percent(r.cause_right for r in rows))
     false = sum(alarm is not None for _, _, alarm, _ in healthy)
     print(f"{'nobs':26}" + "".join(f"{cell:>8}" for cell in cells) + _alarms(false, len(healthy)))
-    for name in PEERS if faults and faults[0][1] else ():
-        alarms = [(row.case, said.get(name)) for row, said in faults]
+    for name in PEERS:
+        alarms = [(row.case, said[name]) for row, said in faults]
         found = [alarm is not None and alarm.step >= case.at for case, alarm in alarms]
         layers = [bool(a and a.step >= c.at and a.names(c.layer)) for c, a in alarms if c.layer is not None]
-        false = sum(said.get(name) is not None for _, _, _, said in healthy)
+        false = sum(said[name] is not None for _, _, _, said in healthy)
         print(f"{name:26}{percent(found):>8}{percent(layers):>8}{'-':>8}" + _alarms(false, len(healthy)))
 
 
@@ -177,16 +179,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each healthy kind (10)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="cases and kinds whose name holds this text")
-    parser.add_argument("--no-peers", action="store_true", help="nobs alone")
+    parser.add_argument("--peers", type=int, default=4, help="of each fault and healthy kind so many through the other tools (4)")
     parser.add_argument("--calibrate", action="store_true", help="print the table of nobs/diagnosis/calibration.py")
     parser.add_argument("--json", type=Path, help="write every outcome there")
     options = parser.parse_args()
-    peers = not options.no_peers
     chosen = [case for case in cases(options.cases, options.seed) if options.only in case.name]
+    peers = frozenset(case.name for case in cases(options.peers, options.seed))
     kinds = [kind for kind in HEALTHY if options.only in kind]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         faults = [pool.submit(run_faults, group, peers) for group in grouped(chosen)]
-        odd = [pool.submit(run_healthy, kind, seed, peers) for kind in kinds for seed in range(options.seeds)]
+        odd = [pool.submit(run_healthy, kind, seed, seed < options.peers) for kind in kinds for seed in range(options.seeds)]
         told = [pair for job in faults for pair in job.result()]
         healthy = [job.result() for job in odd]
     scored = [(row, alarms) for row, alarms in told if row is not None]

@@ -182,7 +182,7 @@ class Breaks:
                 continue
             scatter = max(1.5 * float(np.median(np.abs(np.diff(past)))), 0.01 * abs(float(usual[row])))
             later = loss[row:][np.isfinite(loss[row:])] - usual[row]
-            jumped[row] = loss[row] - usual[row] > 5 * scatter and np.median(later) > 4 * scatter and later.min() > scatter
+            jumped[row] = loss[row] - usual[row] > 4 * scatter and np.median(later) > 3 * scatter and later.min() > scatter
         return jumped
 
     def at(self, row: int) -> Break:

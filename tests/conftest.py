@@ -12,8 +12,14 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 
 EXAMPLES = ("torchvision_anyway", "mnist_data")
-TESTS = ("twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies")
-for name in (*(f"examples/{name}" for name in EXAMPLES), *(f"tests/{name}" for name in TESTS)):  # each imports those before it
+TESTS = ("twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies", "made_rows")
+BENCH = ("data", "models", "plant", "table", "runs", "score", "sessions", "oddities", "healthy")
+NAMED = (
+    *(f"examples/{name}" for name in EXAMPLES),
+    *(f"tests/{name}" for name in TESTS),
+    *(f"bench/fault_{name}" for name in BENCH),
+)
+for name in NAMED:  # each imports those before it
     module = (ROOT / name).with_suffix(".py")  # imported by name; import-mode importlib leaves sys.path alone
     spec = importlib.util.spec_from_file_location(module.stem, module)
     sys.modules[module.stem] = importlib.util.module_from_spec(spec)

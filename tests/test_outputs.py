@@ -317,3 +317,32 @@ def test_a_container_stays_the_users_own():
     ring.add(0, 0.0)
     assert len(cache) == 2
     assert ring.history()["0", "output.grad", "norm"][0] > 0
+
+
+class Reversal(torch.autograd.Function):
+    """Gradient reversal, as adversarial training has it: the output is a view, and its backward gives another gradient on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -10 * grad
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_output_that_a_function_of_the_users_gives(compiled):
+    """The gradient of the output is the one that comes into that function, and not the one that it makes."""
+
+    class Reversed(nn.Linear):
+        def forward(self, x):
+            return Reversal.apply(super().forward(x))
+
+    model = nobs.instrument(nn.Sequential(Reversed(4, 4), nn.Linear(4, 1)))
+    ring = nobs.RingBuffer(model)
+    step = torch.compile(model, backend="aot_eager") if compiled else model
+    step(torch.randn(8, 4)).sum().backward()
+    ring.add(0, 1.0)
+    expected = float((model[1].weight.detach().double().square().sum() * 8).sqrt())
+    assert ring.history()["0", "output.grad", "norm"][0] == pytest.approx(expected, rel=1e-5)

@@ -6,55 +6,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_rows import SITES, judge, row
 
 import nobs
-from nobs._columns import COLUMNS, KINDS
+from nobs._columns import KINDS
 from nobs._history import Row, Tap, TapTable
 from nobs._schema import Failure
 from nobs.errors import BadSetting
 from nobs.triggers import (
     DEFAULT,
-    SEVERAL,
     ActivationGrowth,
-    DeadLayer,
     GradientNorm,
     GradientZScore,
-    InputShift,
     LossCusum,
     LossSpike,
     NonFinite,
-    OverflowHeadroom,
     TriggerEngine,
-    WeightJump,
 )
-
-SITES = ("output", "output.grad", "weight", "weight.grad")
-TABLE = TapTable(
-    tuple(Tap(f"layer{i}", "Linear", site, kind) for i in (2, 0, 1) for site, kind in zip(SITES, KINDS, strict=True))
-)
-
-
-def row(step=0, loss=1.0, scalars=(), **changes):
-    """A healthy row of three layers that run in the order 0, 1, 2; `layer0_weight_grad=dict(norm=5)` changes a line."""
-    values = np.zeros((len(TABLE), len(COLUMNS)), dtype=np.float32)
-    for line, tap in enumerate(TABLE.taps):
-        values[line] = (1.0, 0.5, 0, 0, 0, 0, 10, 1 + int(tap.layer[-1]))
-    for key, columns in changes.items():
-        layer, _, site = key.partition("_")
-        for name, value in columns.items():
-            values[TABLE.line(layer, site.replace("_", ".")), COLUMNS.index(name)] = value
-    return Row(step, 0.0, {"loss": loss, **dict(scalars)}, TABLE, values)
-
-
-def judge(trigger, losses):
-    """The steps at which a trigger fires on a series of losses."""
-    state, fired = None, []
-    for step, loss in enumerate(losses):
-        state, failure = trigger.update(state, row(step, loss))
-        if failure:
-            fired.append(step)
-    return fired
-
 
 uniform = np.random.default_rng(1).random(3000)
 noise = np.random.default_rng(0).normal(size=5000)
@@ -187,7 +155,11 @@ def test_triggers_are_never_poisoned(prefix):
         assert all(math.isfinite(v) for v in (known[LossSpike].first or (*known[LossSpike][:7], *known[LossSpike].recent)))
     if known[LossCusum] is not None:
         assert all(math.isfinite(v) for v in (known[LossCusum].first or known[LossCusum][:8]))
-    for trigger, arrays in ((GradientNorm, ("log",)), (GradientZScore, ("level", "spread")), (ActivationGrowth, ("level", "spread"))):
+    for trigger, arrays in (
+        (GradientNorm, ("log",)),
+        (GradientZScore, ("level", "spread")),
+        (ActivationGrowth, ("level", "spread")),
+    ):
         assert all(np.isfinite(known[trigger][name]).all() for name in arrays if known[trigger] is not None)
     engine = TriggerEngine.only(DEFAULT)
     engine.states[:] = states

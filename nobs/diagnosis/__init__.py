@@ -20,7 +20,7 @@ from ._gradients import gradient_grew, gradient_jump, optimizer_state
 from ._nonfinite import nonfinite_born, nonfinite_loss
 from ._outputs import headroom, output_grew, output_jump
 from ._rate import rate_constant, rate_jumped, rate_rose
-from ._silence import dead_output, silent_gradient
+from ._silence import dead_output, fed_with_zeros, silent_gradient
 from ._weights import all_weights, weight_corruption, weight_crept
 
 Rule = Callable[[Evidence], Told | None]
@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     nonfinite_born,
     dead_output,
     bad_batch,
+    fed_with_zeros,
     output_jump,
     labels,
     optimizer_state,
@@ -74,7 +75,10 @@ def told_by_rules(
     told = [said for rule in RULES if (said := rule(seen)) is not None]
     if not told and failure is not None:
         told = [_undecided(seen, failure)]
-    return tuple({(said.finding.cause, said.finding.layer): said for said in reversed(told)}.values())[::-1]  # each once
+    known: dict[tuple[str, str | None], Told] = {}
+    for said in told:  # two rules may find the same: the first to speak stays, in its place
+        known.setdefault((said.finding.cause, said.finding.layer), said)
+    return tuple(known.values())
 
 
 def _undecided(seen: Evidence, failure: Failure) -> Told:

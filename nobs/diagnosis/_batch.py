@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._case import Event
+from .._columns import ABSMAX
 from ._finding import Evidence, Told, finding, without_layer
 from ._gradients import another_scale
 from ._outputs import growing, grown, leaves_half
@@ -20,7 +21,8 @@ def bad_batch(seen: Evidence) -> Told | None:
     event, peak = broke.entry, seen.breaks.entry_shift(broke.row)
     evidence = f"at step {case.step(event)} the output of {case.tap(event).layer}, the first layer, is at once"
     evidence += f" {seen.breaks.times(event)}" + (f", and its largest value {10**peak:.3g} times" if peak else "")
-    if leaves_half(seen, event):
+    later = case.values[event.row : case.end + 1, event.line, ABSMAX]
+    if later[-1] > 2 * later[0] and leaves_half(seen, event):  # a batch is another one at once, and does not go on growing
         return grown(seen, event, evidence)
     batch = case.history.batches[event.row] if case.history.batches else None
     named = f"; the batch was {batch}" if batch else ""
@@ -40,10 +42,12 @@ def labels(seen: Evidence) -> Told | None:
     broke, case = seen.broke, seen.case
     if broke is None or not broke.loss or broke.parameters or broke.outputs or growing(seen, broke.row) or seen.went_silent:
         return None
-    if another_scale(seen, broke) is not None or not case.judges_norms:
+    scaled = another_scale(seen, broke)
+    if (scaled is not None and seen.second_moment_decay is not None) or not case.judges_norms:
         return None
     loss, row = case.history.scalars["loss"], broke.row
     step, read = int(case.history.steps[row]), int(case.history.steps[case.readings[case.readings <= row][-1]])
     when = "of that step" if read == step else f"until step {read}, the last that was recorded,"
     evidence = f"the loss went from {loss[max(0, row - 1)]:.4g} to {loss[row]:.4g} at step {step}, while every output {when}"
-    return without_layer("labels", "loss_spike", "loss", step, f"{evidence} was as usual: the labels were not")
+    why = "the labels were not" if scaled is None else f"loss and gradients were multiplied by about {scaled:.3g}"
+    return without_layer("labels", "loss_spike", "loss", step, f"{evidence} was as usual: {why}")

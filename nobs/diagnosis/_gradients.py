@@ -19,6 +19,10 @@ AS_MUCH = 0.7
 """Powers of ten by which loss and gradients may differ in how far they jumped, where the loss was multiplied."""
 
 
+NATURAL = 0.7
+"""Powers of ten: how much larger |grad| x |output| is than the loss, as a rule."""
+
+
 def another_scale(seen: Evidence, broke: Break) -> float | None:
     """How many times larger loss and gradients are, where both jumped by about as much, and no output did: the loss was scaled.
 
@@ -86,8 +90,8 @@ def gradient_grew(seen: Evidence) -> Told | None:
 def _came_back(seen: Evidence, row: int) -> bool:
     """Whether gradients that jumped came back to their natural size, and did not leave it.
 
-    A loss changes by about its own size when the output changes by its own: |grad| x |output| / |loss| of the last layer is
-    about one. Where it was nearer to that before the jump, the jump is an explosion.
+    A loss changes by some times its own size when the output changes by its own: |grad| x |output| / |loss| of the last layer
+    is between one and some tens. Where it was nearer to that before the jump, the jump is an explosion.
     """
     case, table = seen.case, seen.case.history.table
     loss = case.history.scalars.get("loss")
@@ -102,4 +106,4 @@ def _came_back(seen: Evidence, row: int) -> bool:
     if not jump > 1:  # the loss asks for no more than before: what jumped is made behind it
         return False
     after = float(case.logs[row, grad] + case.logs[row, last.line]) - math.log10(abs(loss[row]))
-    return abs(after) < abs(after - jump)
+    return abs(after - NATURAL) < abs(after - jump - NATURAL)

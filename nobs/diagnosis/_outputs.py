@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .._break import PAST
+from .._break import DEVIATIONS, PAST
 from .._case import BAND, Event
 from .._columns import ABSMAX, LARGEST, OUTPUT, PARAMETER
 from ._finding import Evidence, Told, finding
@@ -23,11 +23,20 @@ def output_jump(seen: Evidence) -> Told | None:
     broke, case = seen.broke, seen.case
     if broke is None or broke.parameters or not broke.outputs or broke.entry is not None:
         return None
-    event = broke.outputs[0]
+    event = _first_alike(seen, broke.outputs[0])
     if seen.went_silent and seen.jump(event) < 0:
         return None
     what = f"the output of {case.tap(event).layer} is {seen.breaks.times(event)} from step {case.step(event)} on"
     return grown(seen, event, what)
+
+
+def _first_alike(seen: Evidence, event: Event) -> Event:
+    """The first to run of the outputs that jumped about as far in that step, if less surely: what follows it grew with it."""
+    lines = seen.case.history.table.of_kind[OUTPUT]
+    jumps, deviations = seen.breaks.jumps[event.row, lines], seen.breaks.deviations(event.row)[lines]
+    with np.errstate(invalid="ignore"):
+        alike = (jumps / seen.jump(event) > ALIKE) & (deviations > DEVIATIONS / 2)
+    return min([event, *(seen.case.event(event.row, int(line)) for line in lines[alike])])
 
 
 def output_grew(seen: Evidence) -> Told | None:
@@ -58,11 +67,12 @@ def headroom(seen: Evidence) -> Told | None:
 
 def growing(seen: Evidence, row: int) -> bool:
     """Whether an output was on its way out by a row, without having jumped, and has gone on since: then it began there."""
-    lines = seen.case.history.table.of_kind[OUTPUT]
+    end, lines, sizes = seen.case.end, seen.case.history.table.of_kind[OUTPUT], seen.breaks.sizes
     now, deviations = seen.breaks.jumps[row, lines], seen.breaks.deviations(row)[lines]
-    later = seen.breaks.sizes[seen.case.end, lines] - seen.breaks.usual[row, lines]
+    later = sizes[end, lines] - seen.breaks.usual[row, lines]
+    since = (sizes[end, lines] - sizes[row - 1, lines]) / (end - row + 1)  # a step; in health outputs grow by a few percent
     with np.errstate(invalid="ignore"):
-        return bool(((now > math.log10(1.15)) & (deviations > 4) & (later > math.log10(2.5))).any())
+        return bool(((now > math.log10(1.15)) & (deviations > 4) & (later > math.log10(2.5)) & (since > math.log10(1.1))).any())
 
 
 def grown(seen: Evidence, event: Event, what: str) -> Told:

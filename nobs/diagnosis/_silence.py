@@ -14,6 +14,8 @@ from ._finding import Evidence, Told, finding
 
 CLIFF = 3.0
 """Powers of ten that a gradient falls from one layer to the next where it does not vanish through depth but there."""
+FEW = 3
+"""Steps of silence that mean something where another trigger fired."""
 SMALLEST = 2.0**-24
 """The smallest number of float16 above zero."""
 
@@ -40,9 +42,28 @@ def dead_output(seen: Evidence) -> Told | None:
     return finding(seen, "dead_output", "dead_layer", event, evidence)
 
 
+def fed_with_zeros(seen: Evidence) -> Told | None:
+    """From the step that broke on, a layer's weight has a gradient of zero and its bias one that is not: its input is zero."""
+    broke, case, table = seen.broke, seen.case, seen.case.history.table
+    if broke is None or broke.parameters:
+        return None
+    hungry = []
+    for line in table.of_kind[PARAMETER_GRAD]:
+        tap, norms = table.taps[line], case.values[..., int(line), NORM]
+        if tap.site == "weight.grad" and all(_is_fed_zeros(seen, tap.layer, row) for row in range(broke.row, case.end + 1)):
+            hungry += [case.event(broke.row, table.line(tap.layer, OUTPUT))] if (norms[: broke.row] > 0).any() else []
+    if not hungry:
+        return None
+    layer = max(hungry)  # of several the nearest to the loss: backward stops there
+    before = case.clean_before(layer, OUTPUT)
+    event = max(before) if before else layer
+    evidence = f"from step {case.step(event)} on what comes into {case.tap(layer).layer} is zero: its bias has a gradient and its"
+    return finding(seen, "fed_with_zeros", "dead_layer", event, f"{evidence} weight none; {case.tap(event).layer} runs before it")
+
+
 def silent_gradient(seen: Evidence) -> Told | None:
     """Layers whose gradients are zero or missing: the last of them in the order of computation."""
-    if seen.failure is None or seen.failure.trigger != "DeadLayer":
+    if seen.failure is None:
         return None
     case, table, row = seen.case, seen.case.history.table, seen.case.end
     gone = ~np.isfinite(case.values[..., FIRST]) | (case.values[..., NORM] == 0)
@@ -52,9 +73,12 @@ def silent_gradient(seen: Evidence) -> Told | None:
     silent = [int(line) for line in lines[gone[row, lines] & used] if table.taps[line].layer not in speaking]
     silent = [line for line in silent if not gone[:row, line].all()]
     if not silent:
-        return _faint(seen)
+        return _faint(seen) if seen.failure.trigger == "DeadLayer" else None
     line = min(case.event(row, line) for line in silent).line
-    return _why_silent(seen, case.event(_since(gone[:, line]), line), all_silent=not speaking)
+    event = case.event(_since(gone[:, line]), line)
+    if seen.failure.trigger != "DeadLayer" and row - event.row < FEW:
+        return None
+    return _why_silent(seen, event, all_silent=not speaking)
 
 
 def _why_silent(seen: Evidence, event: Event, all_silent: bool) -> Told:
@@ -71,9 +95,6 @@ def _why_silent(seen: Evidence, event: Event, all_silent: bool) -> Told:
     if arrives is not None and np.isfinite(arrives[FIRST]) and arrives[NORM] == 0:
         evidence += f": that of its output is zero, while {behind} has one; its units do not fire, or what follows ignores them"
         return finding(seen, "dead_units", "dead_layer", event, evidence)
-    if _fed_with_zeros(seen, behind):
-        evidence += f": {behind} has one of its bias and none of its weight, so what comes into it is zero"
-        return finding(seen, "dead_units", "dead_layer", event, evidence)
     after = case.event(case.end, event.line)
     beyond = [e for e in (case.event(case.end, int(g)) for g in case.history.table.of_kind[PARAMETER_GRAD]) if e > after]
     ends = not any(case.values[case.end, e.line, NORM] > 0 for e in beyond if np.isfinite(case.values[case.end, e.line, FIRST]))
@@ -89,11 +110,13 @@ def _was_small(seen: Evidence, line: int | None, row: int) -> bool:
     return bool(np.nanmin(np.where(before > 0, before, np.nan), initial=1.0) < 50 * SMALLEST)
 
 
-def _fed_with_zeros(seen: Evidence, layer: str) -> bool:
+def _is_fed_zeros(seen: Evidence, layer: str, row: int) -> bool:
     """Whether the weight of a layer has a gradient of zero, and its bias one that is not."""
     weight, bias = (seen.case.history.table.lines.get((layer, f"{name}.grad")) for name in ("weight", "bias"))
-    values = seen.case.values[seen.case.end]
-    return weight is not None and bias is not None and values[weight, NORM] == 0 and values[bias, NORM] > 0
+    values = seen.case.values[row]
+    if weight is None or bias is None or not np.isfinite(values[weight, FIRST]):
+        return False
+    return bool(values[weight, NORM] == 0 and values[bias, NORM] > 0)
 
 
 def _faint(seen: Evidence) -> Told | None:
