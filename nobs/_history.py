@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,18 @@ class TapTable:
         of_layer = [numbers[tap.layer] for tap in taps]
         return np.array(parameters, np.intp), np.array(outputs, np.intp), np.array(of_layer, np.intp)
 
+    @cached_property
+    def _groups(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """How to sort gradients by layer, and where each layer then begins."""
+        of_layer = self.trained_layers[2]
+        order = np.argsort(of_layer, kind="stable")
+        return order, np.flatnonzero(np.diff(of_layer[order], prepend=-1))
+
+    def largest_of_layers(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Of one number for each gradient, in the order of `of_kind`, the largest of each layer."""
+        order, begins = self._groups
+        return np.fmax.reduceat(values[order], begins) if len(begins) else values[:0]
+
     def line(self, layer: str, site: str) -> int:
         """The line of a layer's site, or `UnknownLayer` naming what there is."""
         if (layer, site) in self.lines:
@@ -107,6 +120,7 @@ class Row:
     table: TapTable
     values: NDArray[np.float32]
     batch: object = None
+    _kinds: dict[tuple[str, str], Floats] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, key: tuple[str, str, str]) -> float:
         """`row["fc", "weight.grad", "norm"]`; NaN where the tap did not run."""
@@ -114,8 +128,14 @@ class Row:
         return float(read(self.values[self.table.line(layer, site)], statistic))
 
     def kind(self, kind: str, statistic: str) -> Floats:
-        """One statistic of all taps of a kind, float64 `[lines]`, in the order of `table.of_kind[kind]`."""
-        return read(self.values[self.table.of_kind[kind]], statistic)
+        """One statistic of all taps of a kind, float64 `[lines]`, in the order of `table.of_kind[kind]`; read only.
+
+        Kept, as several triggers ask for the same.
+        """
+        if (kind, statistic) not in self._kinds:
+            values = self._kinds[kind, statistic] = read(self.values[self.table.of_kind[kind]], statistic)
+            values.setflags(write=False)
+        return self._kinds[kind, statistic]
 
 
 def _three(key: object) -> tuple[str, str, str]:

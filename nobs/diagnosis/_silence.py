@@ -124,8 +124,7 @@ def _faint(seen: Evidence) -> Told | None:
     case, row, table = seen.case, seen.case.end, seen.case.history.table
     lines, of_layer = table.of_kind[PARAMETER_GRAD], table.trained_layers[2]
     rms = case.values[row, lines, NORM] / np.sqrt(np.maximum(case.elements[row, lines], 1))
-    best = np.zeros(int(of_layer.max(initial=-1)) + 1)
-    np.fmax.at(best, of_layer, np.where(np.isfinite(case.values[row, lines, FIRST]), rms, 0))
+    best = table.largest_of_layers(np.where(np.isfinite(case.values[row, lines, FIRST]), rms, 0.0))
     if not best.max(initial=0) > 0:
         return None
     order = sorted((case.event(row, int(lines[np.argmax(of_layer == i)])), int(i)) for i in np.flatnonzero(best > 0))

@@ -91,20 +91,13 @@ def _gradients(row: Row, vanishing: float) -> tuple[Any, Any, Any]:
     They must have been used: the output of their layer ran. Where no gradient at all is left, the loss must not be zero.
     """
     table, values = row.table, row.values
-    lines, (parameters, outputs, of_layer) = table.of_kind[PARAMETER_GRAD], table.trained_layers
+    lines, (parameters, outputs, _) = table.of_kind[PARAMETER_GRAD], table.trained_layers
     ran = np.isfinite(values[lines, FIRST])
-    largest = _per_layer(of_layer, np.where(ran, row.kind(PARAMETER_GRAD, "rms"), 0))
-    unclear = _per_layer(of_layer, ran & ~(values[lines, NORM] >= 0)) > 0  # a NaN: of that NonFinite speaks
+    largest = table.largest_of_layers(np.where(ran, row.kind(PARAMETER_GRAD, "rms"), 0))
+    unclear = table.largest_of_layers(ran & ~(values[lines, NORM] >= 0)) > 0  # a NaN: of that NonFinite speaks
     trained = np.floor(values[parameters, FIRST]) == TRAINED
-    used = _per_layer(of_layer, trained & np.where(outputs >= 0, np.isfinite(values[outputs, FIRST]), True)) > 0
+    used = table.largest_of_layers(trained & np.where(outputs >= 0, np.isfinite(values[outputs, FIRST]), True)) > 0
     most, loss = largest.max(initial=0.0), row.scalars.get("loss", 0.0)
     asked = most > 0 or (math.isfinite(loss) and loss != 0)
     weak = (largest > 0) & (largest < vanishing * most) & math.isfinite(most)
     return asked & used & (largest == 0) & ~unclear, (largest > 0) & ~weak, weak & ~unclear
-
-
-def _per_layer(of_layer: Any, values: Any) -> Any:
-    """The largest of each layer's parameters."""
-    largest = np.zeros(int(of_layer.max(initial=-1)) + 1)
-    np.fmax.at(largest, of_layer, values)
-    return largest
