@@ -13,13 +13,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ._case import Case, Event
+from ._case import ENOUGH, Case, Event, median_over_steps
 from ._columns import ABSMAX, FIRST, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, ZEROS
 
 PAST = 20
-"""So many steps before a step tell what is usual for it ..."""
-ENOUGH = 3
-"""... if that many of them have a reading."""
+"""So many steps before a step tell what is usual for it, if ENOUGH of them have a reading."""
 LOOK = 30
 """How far before the failing step a break may lie."""
 DEVIATIONS = 8.0
@@ -90,7 +88,7 @@ class Breaks:
 
     def deviations(self, row: int) -> NDArray[np.float64]:
         """[taps]: how far each site is from its usual size, in what it usually moves from step to step."""
-        usual = _median(self.steps[max(0, row - PAST) : row])
+        usual = median_over_steps(self.steps[max(0, row - PAST) : row])
         times: NDArray[np.float64] = np.abs(self.jumps[row]) / np.maximum(1.5 * np.nan_to_num(usual, nan=np.inf), QUIETEST)
         return times
 
@@ -219,10 +217,3 @@ def _medians_before(x: NDArray[np.float64]) -> NDArray[np.float64]:
     enough = np.isfinite(windows).sum(axis=-1) >= ENOUGH
     filled = np.where(enough[..., None], windows, 0.0)
     return np.where(enough, np.nanmedian(filled, axis=-1), np.nan)
-
-
-def _median(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median over steps, NaN where a tap has no value."""
-    known = np.isfinite(x).any(axis=0) if len(x) else np.zeros(x.shape[1], dtype=np.bool_)
-    filled = np.where(known, np.where(np.isfinite(x), x, np.nan), 0.0) if len(x) else np.zeros((1, x.shape[1]))
-    return np.where(known, np.nanmedian(filled, axis=0), np.nan)

@@ -168,7 +168,7 @@ class Case:
     @cached_property
     def quiet(self) -> NDArray[np.float64]:
         """[taps]: the median of `logs` over the window's first half; NaN without one."""
-        return _median(self.first_half)
+        return median_over_steps(self.first_half)
 
     @cached_property
     def held(self) -> NDArray[np.float64]:
@@ -183,7 +183,7 @@ class Case:
 
         Where the failure threw one tap far out, another that had drifted before by a fraction of that had not begun it.
         """
-        scatter = _median(np.abs(self.first_half - self.quiet))
+        scatter = median_over_steps(np.abs(self.first_half - self.quiet))
         excess = np.nan_to_num(self.held - self.quiet, nan=-np.inf)
         band = np.nan_to_num(np.maximum(math.log10(BAND), SPREADS * scatter), nan=np.inf)
         outside = excess > np.maximum(band, min(DRIFT, excess.max(initial=0) / 6))
@@ -233,13 +233,10 @@ class Case:
         groups = [v[: self.end + 1] for name, v in self.history.scalars.items() if name == "lr" or name.startswith("lr.")]
         return np.max(groups, axis=0) if groups else np.full(self.end + 1, np.nan)
 
-    def sudden(self, event: Event) -> bool:
-        """Whether a tap jumped by more than 30 times from one reading to the next."""
-        row = self.before(event)
-        return row is not None and bool(self.logs[event.row, event.line] - self.logs[row, event.line] > 1.5)
 
-
-def _median(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median over steps, NaN where a tap has no value; np.nanmedian warns there."""
-    filled = np.where(np.isfinite(x).any(axis=0), x, 0)
-    return np.where(np.isfinite(x).any(axis=0), np.nanmedian(filled, axis=0), np.nan)
+def median_over_steps(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[n] of [T, n]; NaN where there is no value in any step, of which np.nanmedian warns."""
+    if not len(x):
+        return np.full(x.shape[1], np.nan)
+    known = np.isfinite(x).any(axis=0)
+    return np.where(known, np.nanmedian(np.where(known, np.where(np.isfinite(x), x, np.nan), 0.0), axis=0), np.nan)

@@ -7,7 +7,7 @@ steps last. How sure each is was measured (see `calibration`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from .._case import Case
@@ -78,7 +78,16 @@ def told_by_rules(
     known: dict[tuple[str, str | None], Told] = {}
     for said in told:  # two rules may find the same: the first to speak stays, in its place
         known.setdefault((said.finding.cause, said.finding.layer), said)
-    return tuple(known.values())
+    return tuple(_shared_out(list(known.values())))
+
+
+def _shared_out(told: list[Told]) -> Iterator[Told]:
+    """Each with the confidence that those before it leave over: a rule was counted where it spoke first."""
+    left = 1.0
+    for said in told:
+        confidence = left * said.finding.confidence
+        left -= confidence
+        yield replace(said, finding=replace(said.finding, confidence=confidence))
 
 
 def _undecided(seen: Evidence, failure: Failure) -> Told:
