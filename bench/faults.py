@@ -1,6 +1,6 @@
 """Is the culprit named? Faults planted into real training, and healthy runs that look odd, through nobs and three other tools.
 
-    python bench/faults.py                       # 468 faults, 330 healthy runs: most of an hour on two cores
+    python bench/faults.py                       # 468 faults, 330 healthy runs: half an hour on two cores
     python bench/faults.py --cases 2 --seeds 2 --peers 0     # a look
     python bench/faults.py --json FILE           # every outcome, with machine and versions
     NOBS_MNIST=DIR python bench/faults.py        # on real images
