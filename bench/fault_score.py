@@ -17,7 +17,7 @@ from nobs._history import History, Row
 from nobs._row import rows_of
 from nobs._schema import Failure
 from nobs.diagnosis import Told, told_by_rules
-from nobs.triggers import DEFAULT, SEVERAL, TriggerEngine
+from nobs.recorder import _engine
 
 CAPACITY = 100
 """The steps that a Recorder keeps by default: what is older the diagnosis does not see."""
@@ -50,7 +50,6 @@ def record(train: Callable[[Any], list[float]]) -> Recorded:
             nobs.instrument(model)
         recorder = nobs.Recorder(model, optimizer=optimizer, scaler=scaler, triggers=(), capacity=1000)
         kept["recorder"] = recorder
-        kept["optimizers"] = len(optimizer) if isinstance(optimizer, list) else 1
         with recorder:
             try:
                 yield recorder.step
@@ -61,7 +60,7 @@ def record(train: Callable[[Any], list[float]]) -> Recorded:
     losses = train(recording)
     facts = kept["recorder"]._ring.facts
     decay = facts.get("second_moment_decay")
-    return Recorded(kept["recorder"].history(), losses, kept["exception"], decay, kept["optimizers"])
+    return Recorded(kept["recorder"].history(), losses, kept["exception"], decay, kept["recorder"]._update.optimizers)
 
 
 def rows(history: History) -> Iterator[Row]:
@@ -73,7 +72,7 @@ def rows(history: History) -> Iterator[Row]:
 
 def judged(run: Recorded) -> tuple[Failure | None, tuple[Told, ...]]:
     """What the default triggers and the diagnosis say: as the Recorder does, row by row, with the last steps alone."""
-    engine = TriggerEngine.only(SEVERAL if run.optimizers > 1 else DEFAULT)
+    engine = _engine(None, run.optimizers)
     for i, row in enumerate(rows(run.history)):
         if (failure := engine.check(row)) is not None:
             return failure, told_by_rules(_until(run.history, i), failure, None, run.second_moment_decay)
@@ -113,6 +112,11 @@ class Outcome:
     site_right: bool | None
     cause_right: bool
     evidence: str
+
+    @property
+    def right(self) -> bool:
+        """The cause, and the layer where one is guilty."""
+        return self.cause_right and self.layer_first is not False
 
 
 def departs(case: Case, faulty: Recorded, twin: Recorded) -> bool:

@@ -32,7 +32,7 @@ from fault_healthy import train as train_healthy
 from fault_peers import PEERS, Alarm, all_peers
 from fault_runs import Case, cases, train
 from fault_score import Outcome, departs, judged, record, score
-from fault_table import FAULTS
+from fault_table import FAULTS, nothing
 from overhead import machine
 
 
@@ -44,10 +44,10 @@ def twin_of(case: Case, longest: int) -> Case:
 def run_faults(group: Sequence[Case], peers: frozenset[str]) -> list[tuple[Outcome | None, dict[str, Alarm | None]]]:
     """All cases that share a twin; None for those that do not depart from it."""
     torch.set_num_threads(1)
-    twin = record(partial(_train, twin_of(group[0], max(case.steps for case in group)), faulty=False))
+    twin = record(partial(train, twin_of(group[0], max(case.steps for case in group)), faulty=False))
     done: list[tuple[Outcome | None, dict[str, Alarm | None]]] = []
     for case in group:
-        faulty = record(partial(_train, case, faulty=True))
+        faulty = record(partial(train, case, faulty=True))
         if not departs(case, faulty, twin):
             done.append((None, {}))
             continue
@@ -55,10 +55,6 @@ def run_faults(group: Sequence[Case], peers: frozenset[str]) -> list[tuple[Outco
         alarms = all_peers(lambda recording, eager=eager: train(eager, recording), faulty.losses) if case.name in peers else {}
         done.append((score(case, faulty, twin), alarms))
     return done
-
-
-def _train(case: Case, recording: Any, faulty: bool) -> list[float]:
-    return train(case, recording, faulty)
 
 
 def run_healthy(kind: str, seed: int, peers: bool) -> tuple[str, int, str | None, dict[str, Alarm | None]]:
@@ -74,19 +70,14 @@ def grouped(all_cases: Iterable[Case]) -> list[list[Case]]:
     """By twin; those of a compiled model in one group, as compiling takes longest, and these first."""
     groups: dict[tuple[object, ...], list[Case]] = defaultdict(list)
     for case in all_cases:
-        quiet = case.fault if case.of.before is not FAULTS["a layer dies"].before else ""
+        quiet = "" if case.of.before is nothing else case.fault
         groups[case.model, case.optimizer, case.dtype, case.compiled, case.seed, quiet].append(case)
     return sorted(groups.values(), key=lambda group: (not group[0].compiled, group[0].model))
 
 
-def share(values: Iterable[bool | None]) -> tuple[int, int]:
-    known = [value for value in values if value is not None]
-    return sum(known), len(known)
-
-
 def percent(values: Iterable[bool | None]) -> str:
-    right, of = share(values)
-    return f"{right / of:6.1%}" if of else "     -"
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):6.1%}" if known else "     -"
 
 
 def median(values: Iterable[int | None]) -> str:
@@ -149,7 +140,7 @@ def calibration(outcomes: list[Outcome]) -> dict[str, tuple[int, int]]:
     counts: dict[str, list[bool]] = defaultdict(list)
     for row in outcomes:
         if row.rule is not None and row.detected:
-            counts[row.rule].append(row.cause_right and row.layer_first is not False)
+            counts[row.rule].append(row.right)
     return {rule: (sum(right), len(right)) for rule, right in sorted(counts.items())}
 
 
@@ -159,13 +150,13 @@ def print_calibration(outcomes: list[Outcome]) -> None:
     for low, high in ((0.0, 0.5), (0.5, 0.8), (0.8, 0.9), (0.9, 0.95), (0.95, 1.01)):
         rows = [row for row in said if low <= (row.confidence or 0) < high]
         if rows:
-            right = [row.cause_right and row.layer_first is not False for row in rows]
+            right = [row.right for row in rows]
             mean = np.mean([row.confidence for row in rows])
             print(f"  {low:.2f} to {min(high, 1):.2f}: {len(rows):4} findings, said {mean:6.1%}, right {np.mean(right):6.1%}")
 
 
 def print_misses(outcomes: list[Outcome], most: int) -> None:
-    missed = [row for row in outcomes if not (row.detected and row.cause_right and row.layer_first is not False)]
+    missed = [row for row in outcomes if not (row.detected and row.right)]
     print(f"\nmisses: {len(missed)}")
     for row in missed[:most]:
         said = f"{row.cause} in {row.layer} by {row.rule} ({row.evidence[:160]})" if row.cause else "nothing"
@@ -204,7 +195,7 @@ def main() -> int:
     if options.json:
         dump = {
             "machine": machine(),
-            "faults": [{"case": row.case.name, **asdict(row), "peers": _plain(alarms)} for row, alarms in scored],
+            "faults": [{**asdict(row), "peers": _plain(alarms)} for row, alarms in scored],
             "healthy": [{"kind": k, "seed": s, "alarm": a, "peers": _plain(alarms)} for k, s, a, alarms in healthy],
         }
         options.json.write_text(json.dumps(dump, indent=1, default=str) + "\n")

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ._case import ENOUGH, Case, Event, median_over_steps
+from ._case import ENOUGH, Case, Event, carried_on, median_over_steps
 from ._columns import ABSMAX, FIRST, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, ZEROS
 
 PAST = 20
@@ -68,8 +68,7 @@ class Breaks:
         outputs = case.history.table.of_kind[OUTPUT]
         elements = np.maximum(case.elements[:, outputs], 1)
         logs[:, outputs] -= 0.5 * np.log10(elements)
-        zero = np.isfinite(case.values[..., FIRST]) & (case.values[..., 0] == 0) & ~case.bad
-        return np.where(zero, -45.0, logs)
+        return np.where(case.zero, -45.0, logs)
 
     @cached_property
     def usual(self) -> NDArray[np.float64]:
@@ -139,8 +138,7 @@ class Breaks:
     @cached_property
     def last(self) -> NDArray[np.float64]:
         """[T, taps]: the reading before each step's."""
-        rows = np.where(np.isfinite(self.sizes), np.arange(len(self.sizes))[:, None], 0)
-        held = np.take_along_axis(self.sizes, np.maximum.accumulate(rows, axis=0), axis=0)
+        held = carried_on(self.sizes, np.isfinite(self.sizes))
         return np.concatenate([held[:1], held[:-1]])
 
     @cached_property

@@ -122,6 +122,12 @@ class Case:
         return bad_counts(self.values, self.history.table) > 0
 
     @cached_property
+    def zero(self) -> NDArray[np.bool_]:
+        """[T, taps]: all values were zero."""
+        zero: NDArray[np.bool_] = np.isfinite(self.values[..., FIRST]) & (self.values[..., NORM] == 0) & ~self.bad
+        return zero
+
+    @cached_property
     def first_bad(self) -> Event | None:
         """The very first tap with a NaN or an Inf."""
         rows = np.flatnonzero(self.bad.any(axis=1))
@@ -174,8 +180,7 @@ class Case:
     def held(self) -> NDArray[np.float64]:
         """[T, taps]: `logs`, where a step without a reading (`every=`, a branch not taken) keeps the one before."""
         ran = np.isfinite(self.values[..., FIRST])  # a measured zero is a reading: the tap is back inside its band
-        rows = np.where(ran, np.arange(len(self.logs))[:, None], 0)
-        return np.take_along_axis(self.logs, np.maximum.accumulate(rows, axis=0), axis=0)
+        return carried_on(self.logs, ran)
 
     @cached_property
     def onset(self) -> NDArray[np.int64]:
@@ -232,6 +237,12 @@ class Case:
         """[T]: the largest learning rate of any parameter group up to the failing step, NaN where none was recorded."""
         groups = [v[: self.end + 1] for name, v in self.history.scalars.items() if name == "lr" or name.startswith("lr.")]
         return np.max(groups, axis=0) if groups else np.full(self.end + 1, np.nan)
+
+
+def carried_on(x: NDArray[np.float64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[T, n]: where a step has no value, the last that had one."""
+    rows = np.where(known, np.arange(len(x))[:, None], 0)
+    return np.take_along_axis(x, np.maximum.accumulate(rows, axis=0), axis=0)
 
 
 def median_over_steps(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import _stats
-from ._columns import FIRST, TRAINED
+from ._columns import TRAINED
 from ._onlookers import readable, unseen
 from ._row import FIRST_TAP_LINE, LiveRow
 
@@ -243,10 +243,8 @@ class GradientWatch:
     def _write_value(self, watched: _Watched, parameter: Tensor) -> None:
         if watched.valued != self._row.blanks:
             watched.valued = self._row.blanks
-            measured = _measured(parameter)
+            measured = _measured(parameter, TRAINED if parameter.requires_grad else 1)
             if measured is not None:
-                if parameter.requires_grad:  # stored negated, as `first` folds by minimum
-                    measured[FIRST] -= TRAINED - 1
                 self._row.values[watched.line].copy_(measured)
 
 
@@ -258,7 +256,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _measured(tensor: Tensor) -> Tensor | None:
+def _measured(tensor: Tensor, first: int = 1) -> Tensor | None:
     if tensor.layout == torch.sparse_coo:  # Embedding(sparse=True): the rows that were looked up
         tensor = tensor.coalesce().values()
-    return _stats.measure(tensor) if readable(tensor) and _stats.measurable(tensor) else None
+    return _stats.measure(tensor, first) if readable(tensor) and _stats.measurable(tensor) else None

@@ -63,30 +63,30 @@ def measurable(x: Tensor) -> bool:
     return strided and (x.is_floating_point() or x.is_complex()) and x.dtype.itemsize > 1
 
 
-def measure(x: Tensor, clock: Tensor | None = None) -> Tensor:
+def measure(x: Tensor, clock: Tensor | float = 1) -> Tensor:
     """The line of a tensor, `[8]` float32 on its device, ready to fold.
 
     Args:
         x: any strided floating or complex tensor; a complex one counts each part, so a number is two elements.
-        clock: the step's clock, `[1]` float32; without one the line only says that the tap ran.
+        clock: the step's clock, `[1]` float32; or a number to stand for it, where there is no place in the order.
 
     Cost: about one read of `x`. Eager on CPU reads it three times; elsewhere no host sync.
     """
     x = x.detach()  # the line is a reading: no gradient may flow through it, nor keep the graph alive
     if x.device.type != "cpu":
         return measure_in_graph(x, clock)
-    ran = -_dtype_code(x) - (1 if clock is None else float(clock))
+    ran = -_dtype_code(x) - float(clock)
     x = _real(x.resolve_conj()).resolve_neg()  # in memory `z.conj()` is z, and `z.conj().imag` has the sign of z's
     return torch.tensor([*_on_host(x), x.numel(), ran], dtype=torch.float32, device="cpu")  # whatever the default device is
 
 
-def measure_in_graph(x: Tensor, clock: Tensor | None = None) -> Tensor:
+def measure_in_graph(x: Tensor, clock: Tensor | float = 1) -> Tensor:
     """The same as `measure`, with nothing that depends on values."""
     code = -_dtype_code(x)
     x = x.detach()
     x = _real(x.clone() if x.is_complex() else x)  # a copy is conjugated, where `resolve_conj` leaves no trace in a graph
     elements = x.new_full((), x.numel(), dtype=torch.float32)
-    first = x.new_full((), code - 1, dtype=torch.float32) if clock is None else code - clock.reshape(())
+    first = code - clock.reshape(()) if isinstance(clock, Tensor) else x.new_full((), code - clock, dtype=torch.float32)
     return torch.cat([_in_graph(x), torch.stack([elements, first])])
 
 

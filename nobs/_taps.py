@@ -69,7 +69,7 @@ def _fold_now(row: LiveRow, x: Tensor, slot: Tensor, clock: Tensor | None = None
             if clock is not None:
                 with _FOLDING:
                     clock = clock.add_(1).clone()
-            measured = _stats.measure(x, clock)
+            measured = _stats.measure(x, 1 if clock is None else clock)
             with _FOLDING:
                 _stats.fold(slot, measured)
     except Exception as error:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .._break import Break
+from .._break import PAST, Break
 from .._case import Event
 from .._columns import OUTPUT, OUTPUT_GRAD
 from ._finding import Evidence, Told, finding
@@ -31,7 +31,7 @@ def another_scale(seen: Evidence, broke: Break) -> float | None:
     loss = seen.case.history.scalars.get("loss")
     if loss is None or not broke.gradients or seen.share(broke.gradients) < ALL:
         return None
-    usual = abs(float(np.nanmedian(loss[max(0, broke.row - 20) : broke.row])))
+    usual = abs(float(np.nanmedian(loss[max(0, broke.row - PAST) : broke.row])))
     if not (usual > 0 and loss[broke.row] > FAR * usual):
         return None
     rise, jump = math.log10(loss[broke.row] / usual), float(np.median([seen.jump(event) for event in broke.gradients]))

@@ -25,13 +25,12 @@ def dead_output(seen: Evidence) -> Told | None:
     case, row = seen.case, seen.case.end
     if seen.failure is None:
         return None
-    zero = np.isfinite(case.values[..., FIRST]) & (case.values[..., NORM] == 0) & ~case.bad
     lines = case.history.table.of_kind[OUTPUT]
-    dead = [int(line) for line in lines[zero[row, lines]] if (case.values[:row, line, NORM] > 0).any()]
+    dead = [int(line) for line in lines[case.zero[row, lines]] if (case.values[:row, line, NORM] > 0).any()]
     if not dead:
         return None
     line = min(case.event(row, line) for line in dead).line
-    event = case.event(_since(zero[:, line]), line)
+    event = case.event(_since(case.zero[:, line]), line)
     layer, before = case.tap(event).layer, case.clean_before(case.event(row, line), OUTPUT)
     evidence = f"every value of the output of {layer} is zero from step {case.step(event)} on"
     if before:

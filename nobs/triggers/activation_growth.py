@@ -12,7 +12,7 @@ from .._columns import OUTPUT
 from .._history import Row
 from .._schema import Failure
 from . import baseline
-from .shape import at_least_one, positive
+from .shape import at_least_one, others_than_one, positive
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ActivationGrowth:
         worst = int(np.argmax(np.where(high, np.where(jumped.any(), rise, grown), -np.inf)))
         tap = row.table.taps[row.table.of_kind[OUTPUT][worst]]
         what = f"{10 ** rise[worst]:.3g} times its usual size" if jumped.any() else f"{10 ** grown[worst]:.3g} times what it was"
-        others = f" ({int(high.sum()) - 1} more so)" if high.sum() > 1 else ""
+        others = others_than_one(high)
         message = f"output of {tap.layer} at step {row.step}: rms {rms[worst]:.4g}, {what}{others}"
         return Failure(
             "ActivationGrowth",

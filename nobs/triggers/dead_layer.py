@@ -11,7 +11,7 @@ import numpy as np
 from .._columns import FIRST, NORM, OUTPUT, PARAMETER_GRAD, TRAINED
 from .._history import Row
 from .._schema import Failure
-from .shape import at_least_one, positive
+from .shape import at_least_one, others_than_one, positive
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DeadLayer:
             what = "no gradient in"
             if steps[first] >= 4 * self.patience:
                 what = f"a gradient below {self.vanishing:.0e} of the network's largest in"
-        others = f" ({int(which.sum()) - 1} more so)" if which.sum() > 1 else ""
+        others = others_than_one(which)
         message = f"{what} {tap.layer} for {steps[first]:.0f} steps until step {row.step}{others}"
         return Failure("DeadLayer", row.step, message, tap.layer, tap.site, float(steps[first]), float(self.patience))
 

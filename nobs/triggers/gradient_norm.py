@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .._columns import PARAMETER_GRAD
 from .._history import Row
 from .._schema import Failure
-from .shape import at_least_one, positive
+from .shape import at_least_one, others_than_one, positive
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,6 @@ class GradientNorm:
         if self.factor is not None:
             slow = not ratio[worst] > self.factor
             more = f", {climbed[worst]:.3g} times its lowest" if slow else f", {ratio[worst]:.3g} times its baseline"
-        others = f" ({int(high.sum()) - 1} more above)" if high.sum() > 1 else ""
+        others = others_than_one(high, "more above")
         message = f"gradient norm {norm:.4g} of {tap.layer}.{tap.site.removesuffix('.grad')} at step {row.step}{more}{others}"
         return Failure("GradientNorm", row.step, message, tap.layer, tap.site, norm, self.threshold)

@@ -12,7 +12,7 @@ from .._columns import PARAMETER_GRAD
 from .._history import Row
 from .._schema import Failure
 from . import baseline
-from .shape import at_least_one, positive
+from .shape import at_least_one, others_than_one, positive
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GradientZScore:
     def _failure(self, row: Row, norms: Any, rise: Any, z: Any, high: Any) -> Failure:
         worst = int(np.argmax(np.where(high, rise, -np.inf)))
         tap = row.table.taps[row.table.of_kind[PARAMETER_GRAD][worst]]
-        name, others = tap.site.removesuffix(".grad"), f" ({int(high.sum()) - 1} more so)" if high.sum() > 1 else ""
+        name, others = tap.site.removesuffix(".grad"), others_than_one(high)
         message = f"gradient norm {norms[worst]:.4g} of {tap.layer}.{name} at step {row.step}, {10 ** rise[worst]:.3g} times"
         message += f" its usual size ({z[worst]:.0f} deviations){others}"
         return Failure("GradientZScore", row.step, message, tap.layer, tap.site, float(z[worst]), self.z)

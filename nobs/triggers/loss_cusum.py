@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from .._history import Row
 from .._schema import Failure
-from .shape import at_least_one, positive
+from .shape import at_least_one, finite_loss, positive
 
 
 class LossSum(NamedTuple):
@@ -66,10 +65,9 @@ class LossCusum:
 
     def update(self, state: LossSum | None, row: Row) -> tuple[LossSum | None, Failure | None]:
         """Judge the row's loss, then learn from it as far as it is usual. Constant time and memory."""
-        loss = float(row.scalars.get("loss", math.nan))
-        if not math.isfinite(loss):
+        loss = finite_loss(row)
+        if loss is None:
             return state, None
-        loss = min(max(loss, -1e150), 1e150)
         state = LossSum() if state is None else LossSum(*state)  # a checkpoint may have made a list of it
         if state.first is not None:
             return self._warm_up((*state.first, loss)), None

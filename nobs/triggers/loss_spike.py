@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .._history import Row
 from .._schema import Failure
-from .shape import at_least_one, positive
+from .shape import at_least_one, finite_loss, positive
 
 
 class LossBaseline(NamedTuple):
@@ -74,10 +74,9 @@ class LossSpike:
 
     def update(self, state: LossBaseline | None, row: Row) -> tuple[LossBaseline | None, Failure | None]:
         """Judge the row's loss, then learn from it unless it is a spike. Constant time and memory."""
-        loss = float(row.scalars.get("loss", math.nan))
-        if not math.isfinite(loss):
+        loss = finite_loss(row)
+        if loss is None:
             return state, None
-        loss = min(max(loss, -_LARGEST), _LARGEST)  # differences of float64's largest numbers are infinite
         state = LossBaseline() if state is None else LossBaseline(*state)  # a checkpoint may have made a list of it
         if state.first is not None:
             return self._warm_up((*state.first, loss)), None
@@ -149,9 +148,6 @@ class LossSpike:
         return LossBaseline(
             mean, spread, low, state.start, peak, ratio, past, (before, now), age, state.seen + 1, state.top, None
         )
-
-
-_LARGEST = 1e150
 
 
 def _against(value: float, base: float, what: str = "its moving average") -> str:

@@ -7,6 +7,9 @@ from dataclasses import fields
 from numbers import Real
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .._history import Row
 from .._schema import Failure
 from ..errors import BadSetting, explain
@@ -53,3 +56,18 @@ def at_least_one(trigger: object, *names: str) -> None:
                     f"{name}=10",
                 )
             )
+
+
+def others_than_one(which: NDArray[np.bool_], what: str = "more so") -> str:
+    """How many sites there are beside the one that a message names, in words; nothing where it is alone."""
+    count = int(which.sum())
+    return f" ({count - 1} {what})" if count > 1 else ""
+
+
+def finite_loss(row: Row) -> float | None:
+    """The row's loss, None where it is not finite or not given; bounded, as differences of float64's largest are infinite."""
+    loss = float(row.scalars.get("loss", math.nan))
+    return min(max(loss, -_LARGEST), _LARGEST) if math.isfinite(loss) else None
+
+
+_LARGEST = 1e150

@@ -11,7 +11,7 @@ import numpy as np
 from .._columns import PARAMETER
 from .._history import Row
 from .._schema import Failure
-from .shape import at_least_one, positive
+from .shape import at_least_one, others_than_one, positive
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class WeightJump:
     def _failure(self, row: Row, norms: Any, before: Any, change: Any, high: Any) -> Failure:
         worst = int(np.argmax(np.where(high, change, -np.inf)))
         tap = row.table.taps[row.table.of_kind[PARAMETER][worst]]
-        others = f" ({int(high.sum()) - 1} more so)" if high.sum() > 1 else ""
+        others = others_than_one(high)
         message = (
             f"the norm of {tap.layer}.{tap.site} went from {before[worst]:.4g} to {norms[worst]:.4g} at step {row.step}{others}"
         )
