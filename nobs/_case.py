@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._columns import ABSMAX, ELEMENTS, FIRST, NEGINF, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
-from ._history import History, Tap, bad_counts
+from ._history import History, bad_counts
 from ._names import parents, places
 from ._schema import Failure
+from ._table import Tap
 
 BAND = 3.0
 """A norm this many times its own median has left its band ..."""

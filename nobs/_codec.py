@@ -20,7 +20,7 @@ import numpy as np
 
 from ._columns import COLUMNS, FIRST
 from ._history import History, Layer
-from ._schema import Report
+from ._schema import Failure, Report
 
 FORMAT = "nobs.report"
 VERSION = 1
@@ -28,7 +28,6 @@ UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """format_version -> the pure function that makes the next version of it."""
 
 SAVED = ("norm", "absmax", "nan", "posinf", "neginf", "zeros", "elements")
-WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(report: Report) -> str:
@@ -74,10 +73,11 @@ def _plain(report: Report) -> dict[str, Any]:
         "rank": report.rank,
         "world_size": report.world_size,
         "run": dict(report.run),
-        "failure": failure and {**vars(failure), "value": number(failure.value), "threshold": number(failure.threshold)},
+        "failure": failure and plain_failure(failure),
         "findings": [vars(finding) for finding in report.findings],
         "layers": [_layer(layer) for layer in history.layers],
         "steps": history.steps.tolist(),
+        "times_s": history.times_s.tolist() if np.isfinite(history.times_s).all() else [],
         "batches": list(history.batches) if any(b is not None for b in history.batches) else [],
         "scalars": {
             name: [number(float(v)) if there else None for v, there in zip(values, history.given[name], strict=True)]
@@ -85,6 +85,11 @@ def _plain(report: Report) -> dict[str, Any]:
         },
         "series": _series(history),
     }
+
+
+def plain_failure(failure: Failure) -> dict[str, Any]:
+    """A failure as JSON can hold it."""
+    return {**vars(failure), "value": number(failure.value), "threshold": number(failure.threshold)}
 
 
 def _layer(layer: Layer) -> dict[str, Any]:

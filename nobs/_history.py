@@ -1,93 +1,22 @@
-"""What was recorded: taps, rows and histories. Frozen, and free of torch.
+"""What was recorded: rows and histories. Frozen, and free of torch.
 
-A *tap* is one place of the model that is measured once a step. Its measurement is one *line* of eight float32. A *row* is
-all lines of one step plus the step's scalars. A *history* is the rows of the last steps.
+A *row* is all lines of one step plus the step's scalars. A *history* is the rows of the last steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, NEGINF, OUTPUT, PARAMETER, PARAMETER_GRAD, STATISTICS, Floats, read
+from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, NEGINF, OUTPUT, PARAMETER, STATISTICS, Floats, read
 from ._names import safe_text
 from ._order import execution_order
+from ._table import TapTable
 from .errors import UnknownLayer, explain
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One place of the model: `site` of `layer`, of one of the four KINDS."""
-
-    layer: str
-    layer_type: str
-    site: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class TapTable:
-    """The taps of a model in the order of their lines, and the ways to look them up."""
-
-    taps: tuple[Tap, ...]
-
-    def __len__(self) -> int:
-        return len(self.taps)
-
-    @cached_property
-    def lines(self) -> Mapping[tuple[str, str], int]:
-        """(layer, site) -> line."""
-        return {(tap.layer, tap.site): i for i, tap in enumerate(self.taps)}
-
-    @cached_property
-    def of_kind(self) -> Mapping[str, NDArray[np.intp]]:
-        """kind -> the lines of that kind, ascending."""
-        return {kind: np.array([i for i, t in enumerate(self.taps) if t.kind == kind], dtype=np.intp) for kind in KINDS}
-
-    @cached_property
-    def gradients(self) -> NDArray[np.intp]:
-        """For each parameter, in the order of `of_kind`, the line of its gradient; -1 where there is none."""
-        taps = [self.taps[i] for i in self.of_kind[PARAMETER]]
-        return np.array([self.lines.get((tap.layer, f"{tap.site}.grad"), -1) for tap in taps], dtype=np.intp)
-
-    @cached_property
-    def trained_layers(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-        """For each gradient of a parameter, in the order of `of_kind`: the parameter's line, the output's of its layer, and a
-        number of the layer, from 0 on. -1 where there is no such line: a ParameterList has no output."""
-        taps = [self.taps[i] for i in self.of_kind[PARAMETER_GRAD]]
-        parameters = [self.lines.get((tap.layer, tap.site.removesuffix(".grad")), -1) for tap in taps]
-        outputs = [self.lines.get((tap.layer, OUTPUT), -1) for tap in taps]
-        numbers = {layer: i for i, layer in enumerate(dict.fromkeys(tap.layer for tap in taps))}
-        of_layer = [numbers[tap.layer] for tap in taps]
-        return np.array(parameters, np.intp), np.array(outputs, np.intp), np.array(of_layer, np.intp)
-
-    @cached_property
-    def _groups(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """How to sort gradients by layer, and where each layer then begins."""
-        of_layer = self.trained_layers[2]
-        order = np.argsort(of_layer, kind="stable")
-        return order, np.flatnonzero(np.diff(of_layer[order], prepend=-1))
-
-    def largest_of_layers(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Of one number for each gradient, in the order of `of_kind`, the largest of each layer."""
-        order, begins = self._groups
-        return np.fmax.reduceat(values[order], begins) if len(begins) else values[:0]
-
-    def line(self, layer: str, site: str) -> int:
-        """The line of a layer's site, or `UnknownLayer` naming what there is."""
-        if (layer, site) in self.lines:
-            return self.lines[layer, site]
-        sites = [tap.site for tap in self.taps if tap.layer == layer]
-        what = f"no site {site!r} in the layer {layer!r}" if sites else f"no layer {layer!r}"
-        names = ", ".join(repr(name) for name in dict.fromkeys(tap.layer for tap in self.taps))
-        there = f"one of the sites {sites}" if sites else f"one of {names[:200]}"
-        type_this = "history.layers lists them in execution order"
-        raise UnknownLayer(explain(f"looking up [{layer!r}, {site!r}, ...]", what, there, type_this))
 
 
 def bad_counts(values: Floats, table: TapTable) -> Floats:
@@ -167,7 +96,7 @@ class Layer:
 class History:
     """The last steps of every tap.
 
-    `steps` int64 `[T]`; `times_s` float64 `[T]` (Unix time, NaN when read from JSON); `values` float32 `[T, taps, 8]`;
+    `steps` int64 `[T]`; `times_s` float64 `[T]` (Unix time, NaN where not known); `values` float32 `[T, taps, 8]`;
     `scalars[name]` float64 `[T]`, NaN where it was not given; `given[name]` bool `[T]`, which tells that NaN from a loss
     that was NaN; `batches` the text that named each batch.
     """
@@ -178,6 +107,11 @@ class History:
     scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     given: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     batches: tuple[str | None, ...] = ()
+    times_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if len(self.times_s) != len(self.steps):
+            object.__setattr__(self, "times_s", np.full(len(self.steps), np.nan))
 
     @staticmethod
     def of(rows: Sequence[Row], table: TapTable) -> History:
@@ -190,6 +124,7 @@ class History:
             scalars={n: np.array([row.scalars.get(n, np.nan) for row in rows], dtype=np.float64) for n in names},
             given={n: np.array([n in row.scalars for row in rows], dtype=np.bool_) for n in names},
             batches=tuple(None if row.batch is None else safe_text(row.batch) for row in rows),
+            times_s=np.array([row.time_s for row in rows], dtype=np.float64),
         )
 
     def __len__(self) -> int:
@@ -208,6 +143,12 @@ class History:
         if not len(self.table):  # under NOBS_DISABLE=1, where a script must go on as it is
             return np.empty(0)
         return read(self.values[:, self.table.line(layer, site)], statistic)
+
+    def only(self, layers: Sequence[str]) -> History:
+        """The same steps of some layers."""
+        wanted = set(layers)
+        lines = [i for i, tap in enumerate(self.table.taps) if tap.layer in wanted]
+        return replace(self, table=TapTable(tuple(self.table.taps[i] for i in lines)), values=self.values[:, lines])
 
     def row_of(self, step: int | None) -> int | None:
         """The place of a step in `steps`, the last where a run went back to a checkpoint; None where it is not there."""

@@ -13,10 +13,10 @@ from torch import nn
 from . import _names, _tapped
 from ._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from ._gradients import GradientWatch
-from ._history import Tap, TapTable
 from ._launch import disabled
 from ._layers import Named, Select, choose, device_of, named_modules
 from ._row import LiveRow, rows_of
+from ._table import Tap, TapTable
 from .errors import (
     AlreadyInstrumented,
     BadSetting,

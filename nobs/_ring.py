@@ -13,21 +13,20 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from . import _codec, _launch, _stats
 from ._columns import ABSMAX, NORM, OUTPUT_GRAD, PARAMETER_GRAD
-from ._history import History, Row, TapTable
+from ._given import batch_name, checked_scalar
+from ._history import History, Row
 from ._link import Link, link_for
-from ._names import safe_text
 from ._row import FIRST_TAP_LINE, LOSS_SCALE, LiveRow, rows_of
 from ._schema import Report
-from .errors import BadLoss, BadSetting, NobsWarning, NotInstrumented, explain, whole_number
+from ._table import TapTable
+from .errors import BadSetting, NobsWarning, NotInstrumented, explain, whole_number
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class RingBuffer:
                 self.row.write_scalar(name, value)
             else:
                 on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
-        return _Record(step, time.time(), on_host, dict(self.row.written_scalars), _named(batch))
+        return _Record(step, time.time(), on_host, dict(self.row.written_scalars), batch_name(batch))
 
     def _follow(self) -> bool:
         """The model has moved: memory begins anew on its new device. Not where a part moved alone; the next call says so."""
@@ -216,35 +215,6 @@ class RingBuffer:
                 values[gradients, NORM] /= scale
                 values[gradients, ABSMAX] /= scale
         return Row(record.step, record.time_s, scalars, self.row.table, values, record.batch)
-
-
-def _named(batch: object) -> object:
-    """What names a batch, as it is now: its text, or a copy of a tensor, whose text would wait for the device."""
-    if batch is None or isinstance(batch, Tensor):
-        return batch if batch is None else batch.detach().clone()
-    return safe_text(batch, 2000)
-
-
-def checked_scalar(name: str, value: Any) -> Tensor | float:
-    """A single real number as a float, or a tensor of one as it is, without looking at its value.
-
-    Raises:
-        BadLoss: it is something else.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() == 1 and not value.is_complex() and not value.is_meta and not value.is_nested:
-            return value
-        got = f"a {value.dtype} tensor of shape {list(value.shape)}" + (" on meta" if value.is_meta else "")
-    else:
-        number = value.item() if isinstance(value, (np.ndarray, np.generic)) and value.size == 1 else value
-        try:
-            if hasattr(number, "__float__"):  # float("0.5") would take a text
-                return float(number)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        got = f"a {type(value).__name__}"
-    expected = "one number: a Python number or a tensor with one element"
-    raise BadLoss(explain(f"recording {name}", got, expected, f"{name}.mean(), say"))
 
 
 def _row_of(model: nn.Module) -> LiveRow:

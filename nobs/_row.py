@@ -19,8 +19,8 @@ from torch.utils.dlpack import from_dlpack
 
 from . import _stats
 from ._columns import COLUMNS
-from ._history import TapTable
 from ._layers import device_of, named_modules
+from ._table import TapTable
 from .errors import BadSetting, explain
 
 SCALAR_LINES = 2

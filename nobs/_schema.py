@@ -46,9 +46,20 @@ class Finding:
     advice: str
 
 
+REASONS = {
+    "sigterm": "stopped by SIGTERM",
+    "manual": "dump on request",
+    "ended": "the run ended, and nothing failed",
+    "running": "the run goes on",
+    "killed": "the process died without a word: SIGKILL, a segfault, no memory left",
+    "unknown": "the run goes on, or its process died: it is on another machine",
+}
+"""Why there is a report, where no trigger and no exception was the reason."""
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything a dump holds; renderers read nothing else."""
+    """Everything a dump or a black box holds; renderers read nothing else."""
 
     history: History
     reason: str
@@ -68,9 +79,14 @@ class Report:
     def __repr__(self) -> str:
         return f"<nobs.Report of {len(self.history)} steps: {self.summary()}>"
 
+    @property
+    def failed(self) -> bool:
+        """Whether anything went wrong: what a trigger saw, an exception, a death, or NaN and Inf that nobody judged."""
+        return self.failure is not None or self.exception is not None or self.reason == "killed" or bool(self.findings)
+
     def summary(self) -> str:
         """The failure in one line, and the first finding behind it."""
-        what = self.failure.message if self.failure else self.exception or self.reason
+        what = self.failure.message if self.failure else self.exception or REASONS.get(self.reason, self.reason)
         if not self.findings:
             return what
         first = self.findings[0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,18 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import _dump, _launch, triggers
+from . import _launch, _publish, triggers
+from ._blackbox import BlackBox, described
 from ._checkpoint import packed, unpacked
+from ._dump import header_of, report_of
+from ._given import checked_scalar
 from ._history import History
+from ._log import log
 from ._names import safe_text
-from ._ring import RingBuffer, checked_scalar
+from ._ring import RingBuffer
 from ._schema import Failure, Report
 from ._sigterm import SigtermWatch
 from ._update import UpdateWatch
 from .errors import BadSetting, NobsError, NobsWarning, TrainingFailure, explain
-
-log = logging.getLogger("nobs")
-log.addHandler(logging.NullHandler())
 
 Result = TypeVar("Result")
 ON_FAILURE = ("raise", "warn", "stop")
@@ -60,7 +60,8 @@ class Recorder:
                 recorder.step(loss)
 
     On a failure the dump is written under `directory`, the report is printed to stderr (rank 0), and `TrainingFailure` is
-    raised. The same dump is written when any other exception leaves the `with` block, and on SIGTERM.
+    raised. The same dump is written when any other exception leaves the `with` block, and on SIGTERM. What takes the process
+    along leaves the black box: a file that each row is written to as it arrives, for `nobs show`, `watch` and `recover`.
 
     Args:
         model: a model that went through `nobs.instrument`, wrapped or not.
@@ -69,6 +70,9 @@ class Recorder:
         capacity: how many steps to remember.
         triggers: what judges each row, in place of `nobs.triggers.DEFAULT` (with several optimizers, of `SEVERAL`).
         directory: where dumps go, as `<directory>/<run>/step<NNNNNNNN>/rank<NNNNN>.json` and `.png`.
+        blackbox: whether to keep one, as `<directory>/<run>/rank<NNNNN>.blackbox`; or another directory for it.
+        durable: wait for the disk after each row, for a machine that may lose power. The black box survives anything that
+            kills the process without that.
         on_failure: "raise"; "warn" to report, warn and go on (at most one report every `capacity` steps); "stop" to report
             and leave the `with` block quietly, with the report in `recorder.report`.
 
@@ -76,7 +80,8 @@ class Recorder:
         NotInstrumented, BadSetting: at once, for a wrong call. Any other error, of nobs or of a trigger, is said once (a warning
             and a log entry) and ends the recording, never the run.
 
-    Memory: `capacity x (3 + taps) x 32` bytes on the host, and as much on an accelerator.
+    Memory: `capacity x (3 + taps) x 32` bytes on the host, and as much on an accelerator; on disk about as much, taken with the
+    first row.
     """
 
     report: Report | None
@@ -91,6 +96,8 @@ class Recorder:
         capacity: int = 100,
         triggers: Sequence[triggers.Trigger] | None = None,
         directory: str | Path = "crashes",
+        blackbox: bool | str | Path = True,
+        durable: bool = False,
         on_failure: str = "raise",
     ) -> None:
         if on_failure not in ON_FAILURE:
@@ -101,14 +108,19 @@ class Recorder:
             raise BadSetting(
                 explain("Recorder(model)", f"a {type(model).__name__}", "an instrumented nn.Module", "nobs.Recorder(model)")
             )
-        if not isinstance(directory, (str, os.PathLike)):
-            raise BadSetting(explain("Recorder(directory=...)", repr(directory), "a path", 'directory="crashes"'))
+        for name, path in (("directory", directory), ("blackbox", blackbox)):
+            if not isinstance(path, (str, os.PathLike)) and not (name == "blackbox" and isinstance(path, bool)):
+                expected = "a path" if name == "directory" else "a path, True or False"
+                raise BadSetting(explain(f"Recorder({name}=...)", repr(path), expected, f'{name}="crashes"'))
         self._ring = RingBuffer(model, capacity=capacity)
         self._update = UpdateWatch(self._ring.row, optimizer, scaler)
         self._engine = _engine(triggers, self._update.optimizers)
         self._update.attach()
         self._ring.facts = self._update.facts()
-        self._run_directory = Path(directory) / _launch.run_name()
+        run = _launch.run_name()
+        self._run_directory = Path(directory) / run
+        folders = _box_folders(blackbox, self._run_directory)
+        self._box = BlackBox(folders, partial(header_of, self._ring, self._engine.triggers), durable)
         self._on_failure = on_failure
         self._step = 0
         self._mute_until = 0
@@ -162,6 +174,7 @@ class Recorder:
     @_never_fatal
     def _next_failure(self) -> Failure | None:
         for row in self._ring.drain():
+            self._box.write(row)  # first: whatever happens to the process from here on, the row is there
             try:
                 failure = self._engine.check(row)
             except NobsError as error:  # in a trigger it is no wrong call of the training loop's
@@ -221,16 +234,26 @@ class Recorder:
     @_never_fatal
     def dump(self, reason: str = "manual") -> Path | None:
         """Write the last steps as JSON and PNG now; the path of the JSON, None where no folder could be written to."""
-        return _dump.write(_dump.report_of(self._ring, reason), self._run_directory)
+        path = _publish.write(report_of(self._ring, reason), self._run_directory)
+        self._box.tell(dump=str(path) if path else None)
+        return path
 
     def _fail(self, failure: Failure) -> None:
+        self._box.failed(failure, "running" if self._on_failure == "warn" else "failed")  # first: the dump may find no room
         self._wait()
-        self.report = _dump.report_and_publish(self._ring, self._run_directory, "trigger", failure)
+        report = self._report("trigger", failure)
         self._mute_until = self._step + self._ring.capacity
         if self._on_failure == "warn":
-            warnings.warn(f"training failed: {self.report.summary()}", NobsWarning, stacklevel=4)
+            warnings.warn(f"training failed: {report.summary()}", NobsWarning, stacklevel=4)
         else:
-            raise TrainingFailure(self.report)
+            raise TrainingFailure(report)
+
+    def _report(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
+        """Make the report, and publish it; wherever its files are, the black box knows."""
+        self.report = report = report_of(self._ring, reason, failure, exception)
+        path = _publish.publish(report, self._run_directory)
+        self._box.tell(dump=str(path) if path else None)
+        return report
 
     def _give_up(self, error: Exception) -> None:
         """Stop recording for good, and say so once."""
@@ -252,17 +275,21 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if self._sigterm.in_child:  # a forked worker on its way out: it never writes
             return False
+        ended = {"state": "failed" if isinstance(error, TrainingFailure) else "ended"}
         try:
             if error is None:
                 self.flush()
             elif not isinstance(error, TrainingFailure) and not _is_clean_exit(error):
+                ended = {"state": "exception", "exception": described(error)}
+                self._box.tell(**ended)  # first: the dump may find no room
                 self._dump_escaped(error)
         except TrainingFailure as failure:
+            ended = {"state": "failed"}
             if self._on_failure != "stop":
                 raise
             error = failure
         finally:
-            self._close()
+            self._close(ended)
         return isinstance(error, TrainingFailure) and error.report is self.report and self._on_failure == "stop"
 
     @_never_fatal
@@ -273,20 +300,24 @@ class Recorder:
                 self._ring.close_step(self._step, self._update.take())
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
-        self.report = _dump.report_and_publish(
-            self._ring,
-            self._run_directory,
-            "exception",
-            exception=": ".join(filter(None, (type(error).__name__, safe_text(error, 2000)))),
-        )
+        self._report("exception", exception=described(error))
 
     @_never_fatal
     def _dump_signal(self) -> None:
-        self.report = _dump.report_and_publish(self._ring, self._run_directory, "sigterm")
+        self._box.tell(state="sigterm")  # and no rows: it may just have been writing one
+        self._report("sigterm")
 
-    def _close(self) -> None:
+    def _close(self, ended: Mapping[str, str]) -> None:
         self._update.detach()
         self._sigterm.stop()
+        self._keep_the_rest()
+        self._box.tell(**ended)
+
+    @_never_fatal
+    def _keep_the_rest(self) -> None:
+        """The rows that nobody will judge: those behind a failure, and the half step that an exception ended."""
+        for row in self._ring.drain():
+            self._box.write(row)
 
 
 def _engine(chosen: Sequence[triggers.Trigger] | None, optimizers: int) -> triggers.TriggerEngine:
@@ -296,3 +327,10 @@ def _engine(chosen: Sequence[triggers.Trigger] | None, optimizers: int) -> trigg
 
 def _is_clean_exit(error: BaseException) -> bool:
     return isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0))
+
+
+def _box_folders(blackbox: bool | str | os.PathLike[str], run: Path) -> list[Path]:
+    """Where the black box of a run goes, the best folder first; none to keep none."""
+    if isinstance(blackbox, bool):
+        return [run, _publish.instead_of(run)] if blackbox and not _launch.disabled() else []
+    return [Path(blackbox) / run.name, _publish.instead_of(run)] if not _launch.disabled() else []

@@ -53,7 +53,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def _quiet_surroundings(monkeypatch):
+def _quiet_surroundings(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a recorder that is told nothing else writes to ./crashes
     for name in (
         "NO_COLOR",
         "FORCE_COLOR",

@@ -3,7 +3,8 @@
 import numpy as np
 
 from nobs._columns import COLUMNS, KINDS
-from nobs._history import Row, Tap, TapTable
+from nobs._history import Row
+from nobs._table import Tap, TapTable
 
 SITES = ("output", "output.grad", "weight", "weight.grad")
 TABLE = TapTable(

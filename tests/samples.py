@@ -5,8 +5,9 @@ import math
 import numpy as np
 
 from nobs._columns import KINDS
-from nobs._history import History, Tap, TapTable
+from nobs._history import History
 from nobs._schema import Failure, Finding, Report
+from nobs._table import Tap, TapTable
 
 
 def story_report(layers=6, steps=50, guilty=3, name="blocks.{}.attention.up"):

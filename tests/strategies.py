@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from nobs._columns import COLUMNS, DTYPES, KINDS
-from nobs._history import History, Tap, TapTable
+from nobs._history import History
 from nobs._schema import Failure, Finding, Report
+from nobs._table import Tap, TapTable
 
 any_float32 = st.floats(width=32, allow_nan=True, allow_infinity=True)
 any_float = st.floats(allow_nan=True, allow_infinity=True)

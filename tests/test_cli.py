@@ -45,11 +45,12 @@ def test_plot(dump, tmp_path, capsys):
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.png")]) == 2
     assert "add --force" in capsys.readouterr().err
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.png"), "-f"]) == 0
+    capsys.readouterr()
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "x.svg")]) == 2
-    assert "type -o x.svg.png" in capsys.readouterr().err
+    assert "-o x.svg.png" in capsys.readouterr().err
     odd = dump.rename(dump.with_name("odd.png"))
     assert cli.main(["plot", str(odd)]) == 2  # a dump is never written over by its picture
-    assert "is the dump itself" in capsys.readouterr().err
+    assert "which is what is read" in capsys.readouterr().err
     odd.rename(dump)
     assert cli.main(["plot", str(dump), "-o", "nul\0.png"]) == 2
     assert cli.main(["plot", str(dump), "-o", ".", "-f"]) == 2
@@ -69,7 +70,7 @@ def test_unreadable(name, tmp_path, capsys):
     assert "type:" in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["show"], ["show", "a", "--unknown"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["show", "a", "b"], ["show", "a", "--unknown"]])
 def test_wrong_usage(arguments, capsys):
     """Exit code 2 and the usage."""
     with pytest.raises(SystemExit) as left:

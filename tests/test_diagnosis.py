@@ -11,8 +11,9 @@ from torch import nn
 
 import nobs
 from nobs._columns import KINDS
-from nobs._history import History, Tap, TapTable
+from nobs._history import History
 from nobs._schema import CAUSES, Failure
+from nobs._table import Tap, TapTable
 from nobs.diagnosis import diagnose
 
 AT = 20

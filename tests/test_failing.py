@@ -16,7 +16,7 @@ from nets import loss_of
 from runs import dumps, run
 
 import nobs
-from nobs import _dump
+from nobs import _publish, diagnosis
 
 
 def test_a_failure_is_dumped_printed_and_raised(model, tmp_path, capsys):
@@ -170,7 +170,7 @@ def failing(model, directory, **options):
 def test_an_unwritable_directory_leaves_the_report_elsewhere(model, tmp_path, capsys, monkeypatch):
     """A directory that is a file: the dump lands in the temporary folder, and stderr says where."""
     (tmp_path / "crashes").write_text("in the way")
-    monkeypatch.setattr(_dump.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(_publish.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     failing(model, tmp_path / "crashes")
     (path,) = dumps(tmp_path / "tmp")
     assert nobs.load(path).failure.step == 3
@@ -182,7 +182,7 @@ def test_an_unwritable_directory_leaves_the_report_elsewhere(model, tmp_path, ca
 def test_no_directory_at_all_still_prints(model, tmp_path, capsys, monkeypatch):
     """Nowhere to write: the report is on the terminal, and the run ends as it should."""
     (tmp_path / "a").write_text("")
-    monkeypatch.setattr(_dump.tempfile, "gettempdir", lambda: str(tmp_path / "a"))
+    monkeypatch.setattr(_publish.tempfile, "gettempdir", lambda: str(tmp_path / "a"))
     failing(model, tmp_path / "a")
     assert "loss is NaN at step 3" in capsys.readouterr().err
 
@@ -206,7 +206,7 @@ def test_a_failing_print_costs_only_the_print(model, tmp_path, capsys, monkeypat
 
 def test_a_failing_diagnosis_costs_only_the_diagnosis(model, tmp_path, capsys, monkeypatch):
     """The history is dumped all the same."""
-    monkeypatch.setattr(_dump, "diagnose", lambda *args: 1 / 0)
+    monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **kwargs: 1 / 0)
     assert failing(model, tmp_path).findings == ()
     assert len(dumps(tmp_path)) == 1
 

@@ -14,9 +14,10 @@ from strategies import reports
 import nobs
 from nobs import _codec
 from nobs._columns import STATISTICS
-from nobs._history import History, Tap, TapTable
+from nobs._history import History
 from nobs._load import find, loads
 from nobs._schema import Failure, Report
+from nobs._table import Tap, TapTable
 from nobs.errors import UnreadableDump
 
 

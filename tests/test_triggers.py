@@ -10,8 +10,9 @@ from made_rows import SITES, judge, row
 
 import nobs
 from nobs._columns import KINDS
-from nobs._history import Row, Tap, TapTable
+from nobs._history import Row
 from nobs._schema import Failure
+from nobs._table import Tap, TapTable
 from nobs.errors import BadSetting
 from nobs.triggers import (
     DEFAULT,

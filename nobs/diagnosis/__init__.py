@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from .._case import Case
 from .._history import History
-from .._schema import Failure, Finding
+from .._log import complain
+from .._schema import Failure, Finding, Report
 from ._batch import bad_batch, labels
 from ._exception import no_graph, wrong_indices, wrong_labels
 from ._finding import Evidence, Told, without_layer
@@ -63,6 +64,18 @@ def diagnose(
         second_moment_decay: beta2 of the optimizer, if it is of Adam's family.
     """
     return tuple(told.finding for told in told_by_rules(history, failure, exception, second_moment_decay))
+
+
+def diagnosed(report: Report) -> Report:
+    """The report with its findings. A history without a diagnosis is still the history: this never raises."""
+    decay = report.run.get("second_moment_decay")
+    known = decay if isinstance(decay, float) else None
+    try:
+        findings = diagnose(report.history, report.failure, exception=report.exception, second_moment_decay=known)
+    except Exception as error:
+        complain("could not diagnose the failure", error)
+        return report
+    return replace(report, findings=findings)
 
 
 def told_by_rules(

@@ -13,7 +13,7 @@ from .._case import Case
 from .._columns import OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats, read
 from .._history import bad_counts
 from .._names import printable, safe_text, shortened
-from .._schema import Finding, Report
+from .._schema import REASONS, Finding, Report
 
 ABOVE, BELOW = 3.0, 0.1
 """So many times its median a norm has left its usual range ..."""
@@ -68,7 +68,7 @@ def headline(report: Report) -> str:
     if report.exception:
         said = [line.strip() for line in report.exception.splitlines()]  # of nobs' own errors all four parts
         return printable(safe_text("; ".join(filter(None, said[:4])), 400))
-    return _REASONS.get(report.reason, f"dump on request ({printable(report.reason)})")
+    return REASONS.get(report.reason, f"dump on request ({printable(report.reason)})")
 
 
 def origin(report: Report, width: int = 1000) -> str | None:
@@ -174,7 +174,6 @@ def _left(report: Report, case: Case, begin: int, layer: str, series: Sequence[t
     return min((Left(row, *turn) for turn, row in zip(turns, rows, strict=True) if row is not None), default=None)
 
 
-_REASONS = {"sigterm": "stopped by SIGTERM", "manual": "dump on request"}
 _DIRECTIONS = ((PARAMETER, OUTPUT), (OUTPUT_GRAD, PARAMETER_GRAD))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
@@ -20,12 +20,12 @@ from rich.text import Text
 from .._names import printable, safe_text
 from .._schema import Report
 from . import _story
-from ._glyphs import Glyphs, figures, sparkline, that_fit
+from ._glyphs import Glyphs, figures, sparkline
 from ._layers import layers
+from ._page import print_page
 
 MOST_SCALARS = 8
 MOST_FINDINGS = 3
-NARROWEST = 10
 
 
 def print_report(report: Report, path: Path | None = None, *, file: IO[str] | None = None, width: int | None = None) -> None:
@@ -35,17 +35,7 @@ def print_report(report: Report, path: Path | None = None, *, file: IO[str] | No
         path: where the dump lies, to be named at the end.
         width: columns; None for the terminal's own.
     """
-    console = Console(file=file, width=width, highlight=False, soft_wrap=False)
-    if console.width < NARROWEST:  # COLUMNS=0 means that nobody knows
-        console.width = 80
-    glyphs = that_fit(console.encoding)
-    parts = _parts(report, path, glyphs, console.width)
-    if console.is_terminal:
-        console.print(*parts, sep="\n")
-        return
-    with console.capture() as capture:  # a pipe or a log file: no spaces behind the text
-        console.print(*parts, sep="\n")
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()), file=console.file)
+    print_page(lambda glyphs, columns: _parts(report, path, glyphs, columns), file=file, width=width)
 
 
 def _parts(report: Report, path: Path | None, glyphs: Glyphs, width: int) -> list[RenderableType]:
@@ -62,7 +52,7 @@ def _parts(report: Report, path: Path | None, glyphs: Glyphs, width: int) -> lis
 
 def _head(report: Report, glyphs: Glyphs) -> RenderableType:
     """What failed, when, and in which layer first."""
-    failed = report.failure is not None or report.exception is not None
+    failed = report.failure is not None or report.exception is not None or report.reason == "killed"
     style = "bold red" if failed else "bold"
     lines = [Text(_story.headline(report), style=style, overflow="fold")]
     origin, batch = _story.origin(report), _story.batch(report)

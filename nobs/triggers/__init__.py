@@ -20,6 +20,8 @@ from .dead_layer import DeadLayer as DeadLayer
 from .engine import DEFAULT as DEFAULT
 from .engine import SEVERAL as SEVERAL
 from .engine import TriggerEngine as TriggerEngine
+from .engine import settings_of as settings_of
+from .engine import with_settings as with_settings
 from .gradient_norm import GradientNorm as GradientNorm
 from .gradient_zscore import GradientZScore as GradientZScore
 from .input_shift import InputShift as InputShift

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._history import Row
@@ -110,3 +111,23 @@ DEFAULT = (
 
 SEVERAL = tuple(trigger for trigger in DEFAULT if not isinstance(trigger, LossCusum))
 """What it uses with several optimizers: the loss of one of several players goes where the others let it."""
+
+
+def settings_of(trigger: object) -> tuple[str, dict[str, Any]]:
+    """The name of a trigger and its settings, plain values; of one that is no dataclass its name only."""
+    names = [field.name for field in dataclasses.fields(trigger)] if dataclasses.is_dataclass(trigger) else []
+    values = {name: getattr(trigger, name) for name in names}
+    return type(trigger).__name__, {name: v for name, v in values.items() if isinstance(v, (bool, int, float, type(None)))}
+
+
+def with_settings(saved: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Trigger, ...]:
+    """The triggers of the house among those that `settings_of` described; one whose settings do not fit has its usual ones."""
+    usual = {type(trigger).__name__: trigger for trigger in DEFAULT}
+    return tuple(_with(usual[name], settings) for name, settings in saved if name in usual)
+
+
+def _with(usual: Any, settings: Mapping[str, Any]) -> Trigger:
+    try:
+        return type(usual)(**settings)  # type: ignore[no-any-return]
+    except (TypeError, ValueError):
+        return usual  # type: ignore[no-any-return]

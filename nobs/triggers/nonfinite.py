@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from .._columns import FIRST, NEGINF, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
-from .._history import Row, Tap, bad_counts
+from .._history import Row, bad_counts
 from .._names import places
 from .._schema import Failure
+from .._table import Tap
 from .shape import at_least_one
 
 

@@ -1,0 +1,193 @@
+"""An open black box: its header once, its status and its records whenever they are asked for, also while it is written to.
+
+It reads and does not map: a file that somebody cuts while it is mapped would kill the reader.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NoReturn
+
+from .._history import History
+from ..errors import UnreadableDump, explain, reason
+from ._format import (
+    HEAD_BYTES,
+    MAGIC,
+    PREAMBLE_BYTES,
+    VERSION,
+    Header,
+    Layout,
+    Record,
+    Status,
+    decode_header,
+    decode_preamble,
+    decode_record,
+    decode_status,
+    is_blank,
+    number_of,
+)
+from ._process import is_alive
+
+_MOST_HEADER_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """All that a black box holds.
+
+    Attributes:
+        history: the last steps, as many as the capacity and intact.
+        status: how the run stood; None where that is damaged.
+        alive: whether the process that writes it still runs; None where nobody can tell from here.
+        damaged: places whose record is torn, changed, or cut off.
+        left_out: scalars that did not fit into their record.
+    """
+
+    path: Path
+    header: Header
+    history: History
+    status: Status | None
+    alive: bool | None
+    damaged: int
+    left_out: int
+
+
+class OpenBox:
+    """A black box that is read while it may be written to.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UnreadableDump: it is no black box, is cut before its first record, or comes from a newer release.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO = path.open("rb", buffering=0)  # closed by __exit__
+        except (OSError, ValueError) as error:
+            self._refuse(reason(error))
+        try:
+            self.header, self.layout = self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> OpenBox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def _refuse(self, got: str, expected: str = "an intact black box", type_this: str = "") -> NoReturn:
+        type_this = type_this or "nobs show PATH, with another file"
+        raise UnreadableDump(explain(f"reading {self.path}", got, expected, type_this)) from None
+
+    def _open(self) -> tuple[Header, Layout]:
+        preamble = decode_preamble(self._read(0, PREAMBLE_BYTES))
+        if preamble is None:
+            begin = self._read(0, len(MAGIC))
+            blank = "a black box that nobody has finished to make" if not begin.strip(b"\0") else "a file of another kind"
+            self._refuse("a black box whose first bytes are damaged or cut off" if begin == MAGIC else blank)
+        if preamble.version > VERSION:
+            self._refuse(f"version {preamble.version}", f"at most {VERSION}", "pip install --upgrade neural-observer")
+        raw = self._read(PREAMBLE_BYTES, min(preamble.layout.header_bytes, _MOST_HEADER_BYTES))
+        if len(raw) != preamble.layout.header_bytes or zlib.crc32(raw) != preamble.header_crc:
+            self._refuse("a black box whose header is damaged or cut off")
+        try:
+            header = decode_header(raw)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            self._refuse(f"a header whose fields do not fit ({type(error).__name__}: {error})")
+        layout = Layout.of(len(raw), len(header.table), preamble.layout.places)
+        if {**vars(preamble.layout), "taps": layout.taps} != vars(layout) or not 0 < header.capacity <= layout.places:
+            self._refuse("sizes that do not fit together")
+        return header, layout
+
+    def _read(self, offset: int, size: int) -> bytes:
+        """As many bytes as there are."""
+        parts = []
+        try:
+            self._file.seek(offset)
+            while size > 0 and (part := self._file.read(size)):
+                parts.append(part)
+                size -= len(part)
+        except (OSError, OverflowError) as error:
+            self._refuse(reason(error))
+        return b"".join(parts)
+
+    def status(self) -> Status | None:
+        """How the run stands by now, None where both places are damaged."""
+        places = (self._read(self.layout.status(number), self.layout.status_bytes) for number in range(2))
+        found = [status for raw in places if (status := decode_status(raw)) is not None]
+        return max(found, key=lambda pair: pair[0])[1] if found else None
+
+    def at(self, place: int) -> bytes:
+        """The bytes of a place, fewer where the file is cut."""
+        return self._read(self.layout.record(place), self.layout.record_bytes)
+
+    def records(self) -> tuple[list[Record], int]:
+        """All intact records, the oldest first, and how many places hold a damaged one or are cut off."""
+        intact, damaged = [], 0
+        # A place at a time, and none behind the end: what a file says of itself costs no more than it is long.
+        there = -(-max(0, os.fstat(self._file.fileno()).st_size - self.layout.records_offset) // self.layout.record_bytes)
+        for place in range(min(there, self.layout.places)):
+            raw = self.at(place)
+            record = decode_record(raw, self.layout, self.header.table)
+            if record is not None and record.number > 0 and (record.number - 1) % self.layout.places == place:
+                intact.append(record)
+            elif len(raw) < self.layout.record_bytes or not is_blank(raw):
+                damaged += 1
+        intact.sort(key=lambda record: record.number)
+        cut_off = self.layout.places - min(there, self.layout.places)
+        return intact, damaged + cut_off
+
+    def last_time_s(self) -> float | None:
+        """When the last intact record was made, in Unix time; reads little but the records' beginnings."""
+        heads = (self._read(self.layout.record(place), HEAD_BYTES) for place in range(self.layout.places))
+        for number in sorted(map(number_of, heads), reverse=True):
+            if (record := self._numbered(number)) is not None:
+                return record.row.time_s
+        return None
+
+    def since(self, number: int) -> list[Record]:
+        """The records behind that of a number, the oldest first; where the ring has gone round since, all that it holds."""
+        fresh: list[Record] = []
+        last = number
+        while (record := self._numbered(last + 1) or self._numbered(last + 2)) is not None:  # one may be damaged for good
+            fresh.append(record)
+            last = record.number
+        if fresh or number == 0 or self._numbered(number) is not None:
+            return fresh
+        return [record for record in self.records()[0] if record.number > number]
+
+    def _numbered(self, number: int) -> Record | None:
+        record = decode_record(self.at((number - 1) % self.layout.places), self.layout, self.header.table) if number > 0 else None
+        return record if record is not None and record.number == number else None
+
+    def alive(self) -> bool | None:
+        """Whether the process that writes it still runs; None where nobody can tell from here."""
+        return is_alive(self.header.process)
+
+    def recording(self) -> Recording:
+        """All that it holds now."""
+        alive = self.alive()  # before the records: a process that dies in between has written them
+        records, damaged = self.records()
+        status = self.status()
+        kept = [record for record in records if record.number > records[-1].number - self.header.capacity]
+        history = History.of([record.row for record in kept], self.header.table)
+        return Recording(self.path, self.header, history, status, alive, damaged, sum(record.left_out for record in kept))
+
+
+def read(path: Path) -> Recording:
+    """All that a black box holds.
+
+    Raises:
+        UnreadableDump: see OpenBox.
+    """
+    with OpenBox(path) as box:
+        return box.recording()

@@ -1,0 +1,70 @@
+"""A report on its way out: JSON, picture, terminal. Each by itself: what fails costs nothing of the rest, and nothing raises."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from . import _codec
+from ._log import complain, say
+from ._names import safe_text
+from ._schema import Report
+
+
+def publish(report: Report, run: Path) -> Path | None:
+    """Write the files, then print the report to stderr, on rank 0."""
+    path = write(report, run)
+    if report.rank != 0:
+        return path
+    try:
+        from .render.terminal import print_report  # not at import: a healthy run never needs rich
+
+        print_report(report, path, file=sys.stderr)
+    except Exception as error:
+        complain("could not print the report", error)
+        say(f"nobs: {safe_text(report.summary(), 1000)}; dump: {path}")
+    return path
+
+
+def write(report: Report, run: Path) -> Path | None:
+    """JSON, then PNG beside it; in the temporary folder where the run's cannot be written to. The path of the JSON."""
+    for base in (run, instead_of(run)):
+        try:
+            path = _codec.save(report, _unused(base / f"step{_step(report):08d}", report.rank))
+        except Exception as error:
+            complain(f"could not write a dump to {base}", error)
+            continue
+        _draw(report, path.with_suffix(".png"))
+        return path
+    return None
+
+
+def instead_of(run: Path) -> Path:
+    """Where the files of a run go that its own folder does not take."""
+    return Path(tempfile.gettempdir()) / f"nobs-{os.getpid()}" / run.name
+
+
+def _draw(report: Report, path: Path) -> None:
+    try:
+        from .render.figure import save_png  # not at import: matplotlib takes a second
+
+        save_png(report, path)
+    except Exception as error:
+        complain(f"could not draw {path}", error)
+
+
+def _step(report: Report) -> int:
+    if report.failure:
+        return report.failure.step
+    return int(report.history.steps[-1]) if len(report.history) else 0
+
+
+def _unused(folder: Path, rank: int) -> Path:
+    """The dump's path in a folder, with a number behind it where an earlier dump of the same step lies."""
+    for n in range(1, 10_000):
+        candidate = folder.with_name(folder.name + (f"-{n}" if n > 1 else "")) / f"rank{rank:05d}.json"
+        if not candidate.exists():
+            return candidate
+    raise FileExistsError(f"10000 dumps of one step in {folder.parent}")

@@ -1,0 +1,32 @@
+"""A page of text on a terminal, in a pipe or in a log file: any width, any encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from rich.console import Console, RenderableType
+
+from ._glyphs import Glyphs, that_fit
+
+NARROWEST = 10
+
+
+def print_page(
+    parts: Callable[[Glyphs, int], Sequence[RenderableType]], *, file: IO[str] | None = None, width: int | None = None
+) -> None:
+    """Print what `parts` makes of the glyphs and the width that there are, to a file or stdout.
+
+    Args:
+        width: columns; None for the terminal's own.
+    """
+    console = Console(file=file, width=width, highlight=False, soft_wrap=False)
+    if console.width < NARROWEST:  # COLUMNS=0 means that nobody knows
+        console.width = 80
+    made = parts(that_fit(console.encoding), console.width)
+    if console.is_terminal:
+        console.print(*made, sep="\n")
+        return
+    with console.capture() as capture:  # a pipe or a log file: no spaces behind the text
+        console.print(*made, sep="\n")
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), file=console.file)
