@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import nobs
 from nobs._columns import FIRST, NAN, NORM, POSINF
-from nobs._history import History, Row
+from nobs._history import History
 from nobs._row import rows_of
 from nobs._schema import Failure
+from nobs._settings import engine
 from nobs.diagnosis import Told, told_by_rules
-from nobs.recorder import _engine
 
 CAPACITY = 100
 """The steps that a Recorder keeps by default: what is older the diagnosis does not see."""
@@ -63,18 +63,11 @@ def record(train: Callable[[Any], list[float]]) -> Recorded:
     return Recorded(kept["recorder"].history(), losses, kept["exception"], decay, kept["recorder"]._update.optimizers)
 
 
-def rows(history: History) -> Iterator[Row]:
-    """The rows of a history, one by one."""
-    for i, step in enumerate(history.steps):
-        scalars = {name: float(values[i]) for name, values in history.scalars.items() if history.given[name][i]}
-        yield Row(int(step), 0.0, scalars, history.table, history.values[i], history.batches[i])
-
-
 def judged(run: Recorded) -> tuple[Failure | None, tuple[Told, ...]]:
     """What the default triggers and the diagnosis say: as the Recorder does, row by row, with the last steps alone."""
-    engine = _engine(None, run.optimizers)
-    for i, row in enumerate(rows(run.history)):
-        if (failure := engine.check(row)) is not None:
+    usual = engine(None, run.optimizers)
+    for i, row in enumerate(run.history.rows()):
+        if (failure := usual.check(row)) is not None:
             return failure, told_by_rules(_until(run.history, i), failure, None, run.second_moment_decay)
     if run.exception is None:
         return None, ()

@@ -5,7 +5,7 @@ A *row* is all lines of one step plus the step's scalars. A *history* is the row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -143,6 +143,12 @@ class History:
         if not len(self.table):  # under NOBS_DISABLE=1, where a script must go on as it is
             return np.empty(0)
         return read(self.values[:, self.table.line(layer, site)], statistic)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows, one by one, as triggers are shown them; where no time is known it is 0."""
+        for i, (step, time_s) in enumerate(zip(self.steps.tolist(), np.nan_to_num(self.times_s).tolist(), strict=True)):
+            scalars = {name: float(self.scalars[name][i]) for name, given in self.given.items() if given[i]}
+            yield Row(step, time_s, scalars, self.table, self.values[i], self.batches[i] if self.batches else None)
 
     def only(self, layers: Sequence[str]) -> History:
         """The same steps of some layers."""

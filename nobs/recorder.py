@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,12 @@ from ._log import log
 from ._names import safe_text
 from ._ring import RingBuffer
 from ._schema import Failure, Report
+from ._settings import box_folders, check, engine
 from ._sigterm import SigtermWatch
 from ._update import UpdateWatch
 from .errors import BadSetting, NobsError, NobsWarning, TrainingFailure, explain
 
 Result = TypeVar("Result")
-ON_FAILURE = ("raise", "warn", "stop")
 
 
 def _never_fatal(method: Callable[..., Result]) -> Callable[..., Result | None]:
@@ -100,26 +99,15 @@ class Recorder:
         durable: bool = False,
         on_failure: str = "raise",
     ) -> None:
-        if on_failure not in ON_FAILURE:
-            raise BadSetting(
-                explain("Recorder(on_failure=...)", repr(on_failure), f"one of {', '.join(ON_FAILURE)}", 'on_failure="raise"')
-            )
-        if not isinstance(model, nn.Module):
-            raise BadSetting(
-                explain("Recorder(model)", f"a {type(model).__name__}", "an instrumented nn.Module", "nobs.Recorder(model)")
-            )
-        for name, path in (("directory", directory), ("blackbox", blackbox)):
-            if not isinstance(path, (str, os.PathLike)) and not (name == "blackbox" and isinstance(path, bool)):
-                expected = "a path" if name == "directory" else "a path, True or False"
-                raise BadSetting(explain(f"Recorder({name}=...)", repr(path), expected, f'{name}="crashes"'))
+        check(model, directory, blackbox, on_failure)
         self._ring = RingBuffer(model, capacity=capacity)
         self._update = UpdateWatch(self._ring.row, optimizer, scaler)
-        self._engine = _engine(triggers, self._update.optimizers)
+        self._engine = engine(triggers, self._update.optimizers)
         self._update.attach()
         self._ring.facts = self._update.facts()
         run = _launch.run_name()
         self._run_directory = Path(directory) / run
-        folders = _box_folders(blackbox, self._run_directory)
+        folders = box_folders(blackbox, self._run_directory)
         self._box = BlackBox(folders, partial(header_of, self._ring, self._engine.triggers), durable)
         self._on_failure = on_failure
         self._step = 0
@@ -320,17 +308,5 @@ class Recorder:
             self._box.write(row)
 
 
-def _engine(chosen: Sequence[triggers.Trigger] | None, optimizers: int) -> triggers.TriggerEngine:
-    usual = triggers.SEVERAL if optimizers > 1 else triggers.DEFAULT
-    return triggers.TriggerEngine.only(usual if chosen is None else chosen)
-
-
 def _is_clean_exit(error: BaseException) -> bool:
     return isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0))
-
-
-def _box_folders(blackbox: bool | str | os.PathLike[str], run: Path) -> list[Path]:
-    """Where the black box of a run goes, the best folder first; none to keep none."""
-    if isinstance(blackbox, bool):
-        return [run, _publish.instead_of(run)] if blackbox and not _launch.disabled() else []
-    return [Path(blackbox) / run.name, _publish.instead_of(run)] if not _launch.disabled() else []

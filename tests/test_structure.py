@@ -24,7 +24,7 @@ FLOORS = [
     {"_row", "_launch", "_break", "_parse"},
     {"_taps", "_gradients", "_update", "_ring", "_blackbox", "triggers", "diagnosis", "render"},
     {"_tapped", "_recover", "_publish", "_dump"},
-    {"_instrument", "_load"},
+    {"_instrument", "_load", "_settings"},
     {"recorder"},
     {"cli"},
     {"__main__"},

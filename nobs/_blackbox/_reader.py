@@ -21,16 +21,13 @@ from ._format import (
     VERSION,
     Header,
     Layout,
-    Record,
     Status,
     decode_header,
     decode_preamble,
-    decode_record,
     decode_status,
-    is_blank,
-    number_of,
 )
 from ._process import is_alive
+from ._record import Record, decode_record, is_blank, number_of
 
 _MOST_HEADER_BYTES = 1 << 28
 

@@ -15,17 +15,8 @@ from .._history import Row
 from .._log import complain
 from .._names import safe_text
 from .._schema import Failure
-from ._format import (
-    PREAMBLE_BYTES,
-    Header,
-    Layout,
-    Status,
-    checksum,
-    encode_header,
-    encode_preamble,
-    encode_record,
-    encode_status,
-)
+from ._format import PREAMBLE_BYTES, Header, Layout, Status, encode_header, encode_preamble, encode_status
+from ._record import checksum, encode_record
 
 MOST_FAILURES = 4
 """So many of the last failures stand in the status."""
