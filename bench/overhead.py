@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +41,7 @@ def stepper(images, labels, compiled: bool, observed: bool, every: int) -> Calla
         nobs.instrument(model, every=every)
     step_model = torch.compile(model, fullgraph=True) if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recorder = nobs.Recorder(model, optimizer=optimizer) if observed else None
+    recorder = nobs.Recorder(model, optimizer=optimizer, directory=tempfile.mkdtemp()) if observed else None
 
     def step(number: int) -> float:
         batch = torch.arange(BATCH) + (number * BATCH) % (len(images) - BATCH)
@@ -97,8 +99,6 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
-    import os
-
     images, labels = mnist_data.load(Path(os.environ["NOBS_MNIST"]) if "NOBS_MNIST" in os.environ else None)
     rows = [measure(images, labels, compiled, every, options.pairs) for compiled in (False, True) for every in (1, 10)]
     print(f"{'mode':10}{'every':>6}{'ratio':>8}  quartiles       bare      observed")

@@ -23,6 +23,8 @@ from ._history import History, Layer
 from ._schema import Failure, Report
 
 FORMAT = "nobs.report"
+SUFFIX = ".blackbox"
+"""What the files of the other format end in; see `_blackbox`."""
 VERSION = 1
 UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """format_version -> the pure function that makes the next version of it."""

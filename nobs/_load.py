@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ._blackbox import MAGIC, SUFFIX, OpenBox, read
+from ._blackbox import MAGIC, OpenBox, read
+from ._codec import SUFFIX
 from ._parse import loads
 from ._recover import report_of
 from ._schema import Report

@@ -51,7 +51,7 @@ REASONS = {
     "manual": "dump on request",
     "ended": "the run ended, and nothing failed",
     "running": "the run goes on",
-    "killed": "the process died without a word: SIGKILL, a segfault, no memory left",
+    "killed": "the process died without a word",
     "unknown": "the run goes on, or its process died: it is on another machine",
 }
 """Why there is a report, where no trigger and no exception was the reason."""

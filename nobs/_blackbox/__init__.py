@@ -48,5 +48,3 @@ from ._reader import Recording as Recording
 from ._reader import read as read
 from ._writer import BlackBox as BlackBox
 from ._writer import described as described
-
-SUFFIX = ".blackbox"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 import weakref
@@ -11,19 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._codec import SUFFIX
 from .._history import Row
 from .._log import complain
 from .._names import safe_text
 from .._schema import Failure
 from ._format import PREAMBLE_BYTES, Header, Layout, Status, encode_header, encode_preamble, encode_status
 from ._record import checksum, encode_record
+from ._storage import storage_for
 
 MOST_FAILURES = 4
 """So many of the last failures stand in the status."""
 
 
 class BoxFile:
-    """One file, mapped. Its disk space is taken when it is made: a store into a hole of a full disk would kill the process.
+    """One file. Its disk space is taken when it is made, so that a disk that fills up later costs no record.
 
     Args:
         folder: where to; made if need be.
@@ -31,7 +32,7 @@ class BoxFile:
         durable: wait for the disk after each record.
 
     Raises:
-        OSError: no room, no permission, no memory map on this file system.
+        OSError: no room, no permission.
     """
 
     def __init__(self, folder: Path, header: Header, durable: bool) -> None:
@@ -46,8 +47,7 @@ class BoxFile:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._descriptor = _create(folder, header.rank)
         try:
-            _reserve(self._descriptor, self.layout.total_bytes)
-            self._memory = mmap.mmap(self._descriptor, self.layout.total_bytes)
+            self._storage = storage_for(self._descriptor, self.path, self.layout.total_bytes)
         except BaseException:  # on a full disk half a file is worth nothing, and in the way
             os.close(self._descriptor)
             self.path.unlink(missing_ok=True)
@@ -57,13 +57,13 @@ class BoxFile:
         self._put(0, encode_preamble(self.layout, raw))  # last: a reader takes the file for whole by it
 
     def write(self, row: Row) -> None:
-        """Put a row into the next place. Cost: two copies of it and a CRC-32; no system call but one `fstat`."""
+        """Put a row into the next place. Cost: two copies of it and a CRC-32."""
         self.number += 1
         record = encode_record(row, self.number, self.layout)
         offset = self.layout.record((self.number - 1) % self.layout.places)
         # Torn anywhere in between, the checksum does not hold, and the place is one more than the capacity asks for.
-        self._memory[offset + 4 : offset + self.layout.record_bytes] = record
-        self._memory[offset : offset + 4] = checksum(record)
+        self._storage.put(offset + 4, record)
+        self._storage.put(offset, checksum(record))
         self._sync(offset, self.layout.record_bytes)
 
     def tell(self, status: Status) -> None:
@@ -73,13 +73,12 @@ class BoxFile:
         self._put(self.layout.status(self._status_number), encode_status(status, self._status_number))
 
     def _put(self, offset: int, content: bytes) -> None:
-        self._memory[offset : offset + len(content)] = content
+        self._storage.put(offset, content)
         self._sync(offset, len(content))
 
     def _sync(self, offset: int, size: int) -> None:
         if self._durable:
-            begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-            self._memory.flush(begin, offset + size - begin)
+            self._storage.sync(offset, size)
 
     def lost(self) -> str | None:
         """How the file was lost, if it was: "deleted" or "cut". A store into a cut one would kill the process."""
@@ -88,12 +87,13 @@ class BoxFile:
 
     def copy_of(self, other: BoxFile) -> None:
         """Take over all that another file with the same header holds."""
-        self._memory[self.layout.status_offset :] = other._memory[self.layout.status_offset :]
+        begin = self.layout.status_offset
+        self._put(begin, other._storage.get(begin, self.layout.total_bytes - begin))
         self.number, self._status_number, self.status = other.number, other._status_number, other.status
 
     def close(self) -> None:
         """Let go of the file; the bytes stay where they are."""
-        self._memory.close()
+        self._storage.close()
         os.close(self._descriptor)
 
     def end_with_the_process(self) -> None:
@@ -108,22 +108,12 @@ class BoxFile:
 def _create(folder: Path, rank: int) -> tuple[Path, int]:
     """A file of a name that no other recorder has, open."""
     for n in range(1, 10_000):
-        path = folder / f"rank{rank:05d}{f'-{n}' if n > 1 else ''}.blackbox"
+        path = folder / f"rank{rank:05d}{f'-{n}' if n > 1 else ''}{SUFFIX}"
         try:
             return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except FileExistsError:
             continue
     raise FileExistsError(f"10000 black boxes of rank {rank} in {folder}")
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the disk space now."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    chunk = bytes(1 << 20)
-    for offset in range(0, size, len(chunk)):
-        os.write(descriptor, chunk[: size - offset])
 
 
 def described(error: BaseException) -> str:
@@ -134,7 +124,8 @@ def described(error: BaseException) -> str:
 class BlackBox:
     """What a recorder writes to: a file made with the first row, or none where none can be made. Never raises.
 
-    A file that somebody deletes is made anew with all it held. Where a folder cannot be written to the next is taken.
+    A file that somebody deletes is made anew with all it held, and one that is cut without. Where a folder cannot be written
+    to the next is taken.
     Forked workers never write.
 
     Args:
@@ -184,6 +175,8 @@ class BlackBox:
                 file = self._made(self._file, lost)
             if file is not None:
                 write(file)
+        except OSError as error:  # of a disk that is full just now; the next row may find room
+            self._say("could not write to its black box", error)
         except Exception as error:
             self._off = True
             self._say(f"stopped writing its black box, and goes on without: {type(error).__name__}", error)
@@ -193,7 +186,7 @@ class BlackBox:
         header = self._header() if old is None else old.header
         self._file = next((file for folder in self._folders if (file := self._file_in(folder, header)) is not None), None)
         if old is not None:
-            if self._file is not None and lost == "deleted":  # the map holds all that nobody can find any more
+            if self._file is not None and lost == "deleted":  # it is open here, and holds all that nobody else can find
                 self._file.copy_of(old)
             self._let_go(old)
             self._say(f"found its black box {lost}: {old.path}")

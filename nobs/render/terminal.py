@@ -7,6 +7,7 @@ terminal's encoding has no block characters, ASCII stands in for them.
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 from typing import IO
 
@@ -17,12 +18,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .._codec import SUFFIX
 from .._names import printable, safe_text
 from .._schema import Report
 from . import _story
 from ._glyphs import Glyphs, figures, sparkline
 from ._layers import layers
 from ._page import print_page
+
+_OF_A_BOX = ("killed", "unknown", "running", "ended")
+"""Reasons of a report that nothing but a black box tells of."""
+_LOST = {"records_damaged": "records damaged", "scalars_left_out": "scalars without room"}
+"""What a black box may have lost."""
 
 MOST_SCALARS = 8
 MOST_FINDINGS = 3
@@ -62,10 +69,25 @@ def _head(report: Report, glyphs: Glyphs) -> RenderableType:
         lines.append(Text(f"batch: {batch}", overflow="fold"))
     if report.failure and report.failure.detected_at not in (None, report.failure.step):
         lines.append(Text(f"the host learned of it at step {report.failure.detected_at}", style="dim"))
-    title = "nobs: training failed" if report.failure else "nobs: the run ended" if failed else "nobs: recorded steps"
+    if report.reason in _OF_A_BOX and (last := _last(report)):
+        lines.append(Text(last, style="dim"))
+    if report.reason == "killed":
+        lines.append(
+            Text("its exit code tells: 137 is SIGKILL (no memory left? ask dmesg), 139 a segfault", style="dim", overflow="fold")
+        )
+    how = "training failed" if report.failure else "the run died" if report.reason == "killed" else "the run ended"
+    title = f"nobs: {how if failed else 'recorded steps'}"
     return Panel(
         Group(*lines), title=Text(title, style=style), title_align="left", border_style="red" if failed else "", box=glyphs.frame
     )
+
+
+def _last(report: Report) -> str | None:
+    """When the last step was, which no dump has to say."""
+    history = report.history
+    if not len(history) or not np.isfinite(history.times_s[-1]):
+        return None
+    return f"last step {history.steps[-1]}, at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(history.times_s[-1]))} UTC"
 
 
 def _why(report: Report) -> RenderableType:
@@ -104,10 +126,11 @@ def _files(path: Path | None) -> RenderableType:
     if path is None:
         return ""
     picture = path.with_suffix(".png")
+    kind = "black box" if path.suffix == SUFFIX else "dump"
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right", style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("dump", Text(printable(str(path))))
+    grid.add_row(kind, Text(printable(str(path))))
     if picture.exists():
         grid.add_row("picture", Text(printable(str(picture))))
     grid.add_row("again", Text(f"nobs show {printable(shlex.quote(str(path)))}"))
@@ -118,6 +141,7 @@ def _footer(report: Report) -> RenderableType:
     run = {key: printable(safe_text(value)) for key, value in report.run.items()}
     compiled = "compiled" if report.run.get("compiled") else "eager"
     facts = [f"torch {run.get('torch', '?')}", run.get("device", "?"), compiled, f"{len(report.history)} steps kept"]
+    facts += [f"{report.run[key]} {what}" for key, what in _LOST.items() if key in report.run]
     if report.world_size > 1:
         facts.append(f"rank {report.rank} of {report.world_size}")
     return Text(" " + " | ".join([f"nobs {printable(report.nobs_version)}", *facts]), style="dim", overflow="fold")
