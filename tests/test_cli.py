@@ -1,4 +1,4 @@
-"""`nobs show` and `nobs plot`: stdout carries the answer, stderr the rest, and the exit code says which."""
+"""The commands: stdout carries the answer, stderr the rest, and the exit code says which."""
 
 import io
 import json
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from boxes import box_of
 from samples import story_report
 
-from nobs import _codec, cli
+from nobs import _codec, cli, load
 
 
 @pytest.fixture
@@ -59,6 +60,123 @@ def test_plot(dump, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["plot", str(dump), "-o", str(tmp_path / "file" / "x.png")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def healthy():
+    """A report in which nothing is wrong, but for a gradient that climbs."""
+    report = story_report()
+    history = report.history
+    values = np.where(history.values == 17, 0, history.values)
+    scalars = {name: np.ones(len(history)) for name in history.scalars}
+    return replace(report, failure=None, findings=(), history=replace(history, values=values, scalars=scalars))
+
+
+def test_the_newest_by_default(dump, tmp_path, monkeypatch, capsys):
+    """Without a path: the newest below ./crashes, be it a dump or a black box."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["show"]) == 2
+    assert "nobs show crashes" in capsys.readouterr().err
+    (tmp_path / "run").rename(tmp_path / "crashes")
+    assert cli.main(["check"]) == 1
+    assert "loss is NaN at step 349" in capsys.readouterr().out
+    later = replace(healthy().history, times_s=np.arange(50) + 4e9)
+    box = box_of(replace(healthy(), history=later), tmp_path / "crashes" / "later", state="ended")
+    assert cli.main(["check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(box.relative_to(tmp_path))
+    assert cli.main(["show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reason"] == "ended"
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        (["blocks.3.attention.up"], [3]),
+        (["blocks.3"], [3]),  # a block
+        (["blocks.4.at"], [4]),  # as much as no other begins with
+        (["*.[12].*"], [1, 2]),
+        (["blocks.2", "blocks.0"], [0, 2]),
+    ],
+)
+def test_show_a_layer(typed, shown, dump, capsys):
+    """All sites of the layers that were typed, in execution order, and nothing of the others."""
+    arguments = [word for name in typed for word in ("--layer", name)]
+    names = [f"blocks.{i}.attention.up" for i in shown]
+    assert cli.main(["show", str(dump), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("blocks")] == names
+    assert out.count("weight.grad") == len(shown)
+    assert cli.main(["show", str(dump), *arguments, "--json"]) == 0
+    assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == names
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("bloks.3.attention.up", "did you mean blocks.3.attention.up"),
+        ("blocks", None),
+        ("b", None),
+        ("block", "6 layers that begin so"),
+    ],
+)
+def test_did_you_mean(typed, says, dump, capsys):
+    """A name that fits no layer, or begins several, is answered with those that were meant."""
+    assert cli.main(["show", str(dump), "--layer", typed]) == (2 if says else 0)
+    assert (says or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        ({"state": "ended"}, 0, "fine: the run ended, and nothing failed"),
+        ({"state": "running"}, 1, "failed: the process died without a word"),
+        ({"state": "sigterm"}, 0, "fine: stopped by SIGTERM"),
+        ({"state": "exception", "exception": "OutOfMemoryError: 80 GiB"}, 1, "failed: OutOfMemoryError: 80 GiB"),
+        ({"state": "failed", "failures": (story_report().failure,)}, 1, "failed: loss is NaN at step 349"),
+    ],
+)
+def test_check(status, code, says, tmp_path, capsys):
+    """Exit code 1 for what a trigger saw, an exception, or a death; a line that says so."""
+    box_of(healthy(), tmp_path, triggers=(("NonFinite", {}),), **status)
+    assert cli.main(["check", str(tmp_path)]) == code
+    assert capsys.readouterr().out.startswith(says)
+    assert cli.main(["check", str(tmp_path), "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["failed"] == bool(code)
+
+
+def test_recover(tmp_path, capsys):
+    """A black box without a dump: diagnosed, written, drawn and printed; once."""
+    failure = story_report().failure
+    box = box_of(story_report(), tmp_path / "run", state="failed", failures=(failure,))
+    assert cli.main(["recover", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    dump = tmp_path / "run" / "step00000349" / "rank00000.json"
+    assert "loss is NaN at step 349" in out
+    assert str(dump) in out.replace("\n", "").replace(" ", "")
+    assert err == ""
+    assert dump.with_suffix(".png").exists()
+    report = load(dump)
+    assert report.failure == failure
+    assert report.findings[0].layer == "blocks.3.attention.up"
+    assert report.findings == load(box).findings
+    assert cli.main(["recover", str(box), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads(dump.read_text())
+    assert "is there already" in err
+    assert cli.main(["recover", str(box), "--force"]) == 0
+    assert (tmp_path / "run" / "step00000349-2" / "rank00000.json").exists()
+    assert cli.main(["recover", str(dump.parent)]) == 2
+    assert "a folder without black boxes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help(command, capsys):
+    """Each command says what it does, shows examples, and prints JSON if asked."""
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    assert f"nobs {command}" in out.partition("examples:")[2]
+    assert "--json" in out
 
 
 @pytest.mark.parametrize("name", ["nothing", "a" * 300, "a\0b"])
