@@ -114,8 +114,8 @@ def test_show_a_layer(typed, shown, dump, capsys):
     [
         ("bloks.3.attention.up", "did you mean blocks.3.attention.up"),
         ("blocks", None),
-        ("b", None),
-        ("block", "6 layers that begin so"),
+        ("b", "6 layers that begin so"),
+        ("blocks.3.x", "no such layer"),
     ],
 )
 def test_did_you_mean(typed, says, dump, capsys):
