@@ -44,12 +44,13 @@ def is_black_box(path: Path) -> bool:
         UnreadableDump: it cannot be read, or is no file.
     """
     try:
-        if not path.is_file():  # a pipe, say, of which nobody knows when it ends
-            raise _no_file(path, "no such file" if not path.exists() else "no plain file")
-        with path.open("rb") as file:
-            return path.suffix == SUFFIX or file.read(len(MAGIC)) == MAGIC
+        if path.is_file():
+            with path.open("rb") as file:
+                return path.suffix == SUFFIX or file.read(len(MAGIC)) == MAGIC
+        got = "no plain file" if path.exists() else "no such file"  # of a pipe, say, nobody knows when it ends
     except (OSError, ValueError) as error:  # a name too long, a file that may not be read, a NUL
-        raise _no_file(path, reason(error)) from None
+        got = reason(error)
+    raise _no_file(path, got)
 
 
 def find(path: Path) -> Path:

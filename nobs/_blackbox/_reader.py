@@ -65,15 +65,21 @@ class OpenBox:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file: BinaryIO = path.open("rb", buffering=0)  # closed by __exit__
-        except (OSError, ValueError) as error:
-            self._refuse(reason(error))
+        self._file = self._plain_file()
         try:
             self.header, self.layout = self._open()
         except BaseException:
             self._file.close()
             raise
+
+    def _plain_file(self) -> BinaryIO:
+        try:
+            if self.path.is_file():
+                return self.path.open("rb", buffering=0)  # closed by __exit__
+            got = "no plain file" if self.path.exists() else "no such file"  # of a pipe nobody knows when it ends
+        except (OSError, ValueError) as error:
+            got = reason(error)
+        self._refuse(got)
 
     def __enter__(self) -> OpenBox:
         return self
@@ -130,9 +136,8 @@ class OpenBox:
     def records(self) -> tuple[list[Record], int]:
         """All intact records, the oldest first, and how many places hold a damaged one or are cut off."""
         intact, damaged = [], 0
-        # A place at a time, and none behind the end: what a file says of itself costs no more than it is long.
-        there = -(-max(0, os.fstat(self._file.fileno()).st_size - self.layout.records_offset) // self.layout.record_bytes)
-        for place in range(min(there, self.layout.places)):
+        there = self._places()
+        for place in range(there):
             raw = self.at(place)
             record = decode_record(raw, self.layout, self.header.table)
             if record is not None and record.number > 0 and (record.number - 1) % self.layout.places == place:
@@ -140,12 +145,16 @@ class OpenBox:
             elif len(raw) < self.layout.record_bytes or not is_blank(raw):
                 damaged += 1
         intact.sort(key=lambda record: record.number)
-        cut_off = self.layout.places - min(there, self.layout.places)
-        return intact, damaged + cut_off
+        return intact, damaged + self.layout.places - there
+
+    def _places(self) -> int:
+        """The places that the file is long enough for, the last maybe in part: what it says of itself may be any number."""
+        behind = os.fstat(self._file.fileno()).st_size - self.layout.records_offset
+        return min(self.layout.places, max(0, -(-behind // self.layout.record_bytes)))
 
     def last_time_s(self) -> float | None:
         """When the last intact record was made, in Unix time; reads little but the records' beginnings."""
-        heads = (self._read(self.layout.record(place), HEAD_BYTES) for place in range(self.layout.places))
+        heads = (self._read(self.layout.record(place), HEAD_BYTES) for place in range(self._places()))
         for number in sorted(map(number_of, heads), reverse=True):
             if (record := self._numbered(number)) is not None:
                 return record.row.time_s
