@@ -79,7 +79,7 @@ class OpenBox:
             got = "no plain file" if self.path.exists() else "no such file"  # of a pipe nobody knows when it ends
         except (OSError, ValueError) as error:
             got = reason(error)
-        self._refuse(got)
+        return self._refuse(got)
 
     def __enter__(self) -> OpenBox:
         return self
