@@ -43,16 +43,34 @@ def save(report: Report, path: Path) -> Path:
     return write_whole(path, dumps(report).encode())
 
 
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file under a name of this process, then rename it: nobody ever sees half of it."""
+def write_whole(path: Path, content: bytes, *, over: bool = True) -> Path:
+    """Write a file under a name of this process, then rename it: nobody ever sees half of it.
+
+    Raises:
+        FileExistsError: there is a file, and `over` is False; of two that write at once one gets it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_bytes(content)
-        draft.replace(path)
+        if over:
+            draft.replace(path)
+        else:
+            _name(draft, path)
     finally:
         draft.unlink(missing_ok=True)
     return path
+
+
+def _name(draft: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError):  # a file system without links: somebody may be quicker
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from None
+        draft.replace(path)
 
 
 def number(value: float | None) -> float | str | None:

@@ -32,7 +32,7 @@ def write(report: Report, run: Path) -> Path | None:
     """JSON, then PNG beside it; in the temporary folder where the run's cannot be written to. The path of the JSON."""
     for base in (run, instead_of(run)):
         try:
-            path = _codec.save(report, _unused(base / f"step{_step(report):08d}", report.rank))
+            path = _saved(report, base / f"step{_step(report):08d}")
         except Exception as error:
             complain(f"could not write a dump to {base}", error)
             continue
@@ -61,10 +61,14 @@ def _step(report: Report) -> int:
     return int(report.history.steps[-1]) if len(report.history) else 0
 
 
-def _unused(folder: Path, rank: int) -> Path:
-    """The dump's path in a folder, with a number behind it where an earlier dump of the same step lies."""
+def _saved(report: Report, folder: Path) -> Path:
+    """The dump's path: in the folder, with a number behind it where an earlier dump of the same step lies, or another's."""
+    content = _codec.dumps(report).encode()
     for n in range(1, 10_000):
-        candidate = folder.with_name(folder.name + (f"-{n}" if n > 1 else "")) / f"rank{rank:05d}.json"
-        if not candidate.exists():
-            return candidate
+        there = folder.with_name(folder.name + (f"-{n}" if n > 1 else ""))
+        try:
+            return _codec.write_whole(there / f"rank{report.rank:05d}.json", content, over=False)
+        except FileExistsError:
+            if not there.is_dir():  # a file in the way of the folder
+                raise
     raise FileExistsError(f"10000 dumps of one step in {folder.parent}")

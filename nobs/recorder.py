@@ -182,6 +182,11 @@ class Recorder:
     def _wait(self) -> None:
         self._ring.wait()
 
+    @property
+    def blackbox(self) -> Path | None:
+        """Where the black box is; None before the first row, and where there is none."""
+        return self._box.path
+
     def history(self) -> History:
         """The last `capacity` steps. Waits for rows that are on their way."""
         return self._ring.history()

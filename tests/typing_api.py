@@ -26,6 +26,7 @@ def use() -> Path | None:
     with nobs.Recorder(model, optimizer=[optimizer], triggers=[NonFinite(), GradientNorm(10.0), LossSpike(), Mine()]) as recorder:
         recorder.step(torch.ones(()), batch="a.tar", accuracy=0.5)
         recorder.step(1.0)
+    box: Path | None = nobs.Recorder(model, blackbox=Path("elsewhere"), durable=True).blackbox
     history: nobs.History = recorder.history()
     norms = history["fc", "output", "norm"]
     report: nobs.Report = nobs.load("crashes")
@@ -39,4 +40,4 @@ def use() -> Path | None:
         if failure:
             return ring.save_json("crash.json", trigger_reason=failure.message)
     same: Net = nobs.uninstrument(model)
-    return None if same else recorder.dump()
+    return box if same else recorder.dump()
