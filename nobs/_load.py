@@ -79,7 +79,9 @@ def dump_of(box: Path) -> Path | None:
 
 
 def _dumps(folder: Path) -> list[Path]:
-    return [*folder.rglob("rank*.json")] or [*folder.glob("*.json")]
+    """By their names; in a folder without such names any JSON may be one, but for a trace that was exported beside it."""
+    of_ranks = [file for file in folder.rglob("rank*.json") if len(file.name) == _RANK + len(".json")]
+    return of_ranks or [file for file in folder.glob("*.json") if not file.name.endswith(".trace.json")]
 
 
 def _newest(files: list[Path]) -> Path | None:

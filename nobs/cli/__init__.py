@@ -16,15 +16,18 @@ from typing import Any, Protocol
 
 from .._launch import installed_version
 from ..errors import NobsError, reason
-from . import check, plot, recover, show
+from . import check, diff, export, plot, recover, show, watch
 
 _EXAMPLES = """examples:
   nobs show                                the newest run below ./crashes: its dump, or its black box
   nobs show RUN --layer conv1              all that is known of a layer
   nobs show DUMP --json | jq .failure      for another program
+  nobs diff RUN1 RUN2                      which layers differ first, step by step
   nobs recover crashes                     the report that a killed process could not write
+  nobs watch                               the newest run, live
   nobs check crashes && deploy             whether anything failed
   nobs plot DUMP -o crash.png
+  nobs export DUMP -f trace                for Perfetto; or as CSV, npz, for TensorBoard
 
 exit codes: 0 fine, 1 `check` found a failure, 2 wrong usage or a file that cannot be read or written"""
 
@@ -38,7 +41,15 @@ class Command(Protocol):
     def run(self, options: argparse.Namespace) -> int: ...
 
 
-COMMANDS: dict[str, Command] = {"show": show, "plot": plot, "check": check, "recover": recover}
+COMMANDS: dict[str, Command] = {
+    "show": show,
+    "plot": plot,
+    "diff": diff,
+    "check": check,
+    "recover": recover,
+    "export": export,
+    "watch": watch,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .._load import find, load
-from .._names import ROOT, matching, nearest
+from .._names import ROOT, matching, nearest, printable
 from .._schema import Report
 from ..errors import BadSetting, UnknownLayer, explain, reason
 
@@ -27,10 +29,10 @@ def json_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON, and nothing else")
 
 
-def output_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """-o and -f."""
+def output_options(parser: argparse.ArgumentParser, what: str, force: Sequence[str] = ("-f", "--force")) -> None:
+    """-o and -f; or --force alone, for a command to which -f means something else."""
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"where to; without it {what}")
-    parser.add_argument("-f", "--force", action="store_true", help="write over what exists")
+    parser.add_argument(*force, action="store_true", help="write over what exists")
 
 
 def layer_option(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +65,9 @@ def _meant(typed: str, names: list[str]) -> list[str]:
     if fitting or len(begins) == 1:
         return fitting or begins
     what = f"{len(begins)} layers that begin so" if begins else "no such layer"
-    close = begins[:5] or nearest(typed, names) or ["NAME"]
+    close = [printable(name) for name in begins[:5] or nearest(typed, names)] or ["NAME"]
     there = f"one of {len(names)}; did you mean {', '.join(close)}?"
-    raise UnknownLayer(explain(f"looking for the layer {typed!r}", what, there, f"--layer {close[0]}"))
+    raise UnknownLayer(explain(f"looking for the layer {typed!r}", what, there, f"--layer {shlex.quote(close[0])}"))
 
 
 def output(options: argparse.Namespace, beside: Path, source: Path) -> Path:
@@ -75,11 +77,18 @@ def output(options: argparse.Namespace, beside: Path, source: Path) -> Path:
         BadSetting: it exists, and nobody said --force; or it is the source itself.
     """
     out: Path = options.output or beside
-    if out == source:
+    if out == source or _same(out, source):
         raise BadSetting(explain("writing a file", f"{out}, which is what is read", "another name", "-o FILE"))
     if options.output and not options.force and _exists(out):
         raise BadSetting(explain("writing a file", f"{out}, which exists", "a new name, or a word that it may go", "add --force"))
     return out
+
+
+def _same(path: Path, source: Path) -> bool:
+    try:
+        return path.samefile(source)
+    except (OSError, ValueError):  # there is none yet
+        return False
 
 
 def _exists(path: Path) -> bool:

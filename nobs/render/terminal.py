@@ -72,9 +72,7 @@ def _head(report: Report, glyphs: Glyphs) -> RenderableType:
     if report.reason in _OF_A_BOX and (last := _last(report)):
         lines.append(Text(last, style="dim"))
     if report.reason == "killed":
-        lines.append(
-            Text("its exit code tells: 137 is SIGKILL (no memory left? ask dmesg), 139 a segfault", style="dim", overflow="fold")
-        )
+        lines.append(Text("exit code 137: SIGKILL (no memory left? ask dmesg); 139: a segfault", style="dim", overflow="fold"))
     how = "training failed" if report.failure else "the run died" if report.reason == "killed" else "the run ended"
     title = f"nobs: {how if failed else 'recorded steps'}"
     return Panel(
