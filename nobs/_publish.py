@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def publish(report: Report, run: Path) -> Path | None:
 
 def write(report: Report, run: Path) -> Path | None:
     """JSON, then PNG beside it; in the temporary folder where the run's cannot be written to. The path of the JSON."""
-    for base in (run, instead_of(run)):
+    for base in folders_of(run):
         try:
             path = _saved(report, base / f"step{_step(report):08d}")
         except Exception as error:
@@ -41,9 +42,11 @@ def write(report: Report, run: Path) -> Path | None:
     return None
 
 
-def instead_of(run: Path) -> Path:
-    """Where the files of a run go that its own folder does not take."""
-    return Path(tempfile.gettempdir()) / f"nobs-{os.getpid()}" / run.name
+def folders_of(run: Path) -> list[Path]:
+    """Where the files of a run go: into its own folder, or, if that takes none and there is one, into the temporary folder."""
+    with contextlib.suppress(OSError):
+        return [run, Path(tempfile.gettempdir()) / f"nobs-{os.getpid()}" / run.name]
+    return [run]
 
 
 def _draw(report: Report, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ._blackbox import Recording, Status
+from ._history import History
 from ._schema import Failure, Report
 from .diagnosis import diagnosed
 from .triggers import DEFAULT, TriggerEngine, with_settings
@@ -18,7 +19,7 @@ def report_of(recording: Recording) -> Report:
     header, history = recording.header, recording.history
     status = recording.status or Status()
     reason = _REASONS.get(status.state) or ("running" if recording.alive else "killed" if recording.alive is False else "unknown")
-    noted = next((failure for failure in reversed(status.failures) if history.row_of(failure.step) is not None), None)
+    noted = _noted(status, history)
     failure = noted or (unheard(recording) if reason in ("killed", "unknown") or recording.status is None else None)
     counted = {"records_damaged": recording.damaged, "scalars_left_out": recording.left_out}
     report = Report(
@@ -33,6 +34,13 @@ def report_of(recording: Recording) -> Report:
         run={**header.run, **{name: count for name, count in counted.items() if count}},
     )
     return report if reason == "running" and failure is None else diagnosed(report)
+
+
+def _noted(status: Status, history: History) -> Failure | None:
+    """What ended the run, as its triggers said it; of a run that went on behind it, while its row is there."""
+    if status.state == "failed" and status.failures:
+        return status.failures[-1]
+    return next((failure for failure in reversed(status.failures) if history.row_of(failure.step) is not None), None)
 
 
 def unheard(recording: Recording) -> Failure | None:

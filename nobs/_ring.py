@@ -31,8 +31,9 @@ from .errors import BadSetting, NobsWarning, NotInstrumented, explain, whole_num
 
 @dataclass(frozen=True)
 class _Record:
-    """What the host knows of a step without asking the device."""
+    """What the host knows of a step without asking the device; `number` counts the rows added, from 0 on."""
 
+    number: int
     step: int
     time_s: float
     scalars: Mapping[str, float]
@@ -69,8 +70,8 @@ class RingBuffer:
         self._link = self._new_link()
         self.row.owned_by(self)  # last: a ring that could not be made takes nothing from another
         self._records: deque[_Record] = deque(maxlen=capacity)
-        self._overtaken: deque[Row] = deque(maxlen=capacity)
-        self._added = 0
+        self._overtaken: deque[tuple[int, Row]] = deque(maxlen=capacity)
+        self._begun = 0
         self._drained = 0
         self._graphs_before = counters["stats"]["unique_graphs"]
 
@@ -120,8 +121,12 @@ class RingBuffer:
             place = self._make_room()
             self._link.send(self.row.values, place)
         self._records.append(record)
-        self._added += 1
         self.row.next_step()
+
+    @property
+    def _added(self) -> int:
+        """How many rows there were. Counted by the records, so that Ctrl-C between two lines leaves no half a count."""
+        return self._records[-1].number + 1 if self._records else self._begun
 
     def _write_scalars(self, step: int, given: Mapping[str, Tensor | float], batch: object) -> _Record:
         """Numbers stay on the host; tensors on an accelerator go into the row, so that nobody asks for their value."""
@@ -131,7 +136,7 @@ class RingBuffer:
                 self.row.write_scalar(name, value)
             else:
                 on_host[name] = float(value.detach() if isinstance(value, Tensor) else value)
-        return _Record(step, time.time(), on_host, dict(self.row.written_scalars), batch_name(batch))
+        return _Record(self._added, step, time.time(), on_host, dict(self.row.written_scalars), batch_name(batch))
 
     def _follow(self) -> bool:
         """The model has moved: memory begins anew on its new device. Not where a part moved alone; the next call says so."""
@@ -139,8 +144,8 @@ class RingBuffer:
             return False
         self._device = self.row.values.device
         self._link = self._new_link()
+        self._begun = self._drained = self._added
         self._records.clear()
-        self._drained = self._added
         return True
 
     def _make_room(self) -> int:
@@ -150,18 +155,31 @@ class RingBuffer:
             if not self._link.arrived(place):
                 self.waits += 1
                 self._link.wait(place)
-            self._overtaken.append(self._read(self._drained))
+            self._overtaken.append((self._drained, self._read(self._drained)))
             self._drained += 1
-        return self._added % self.capacity
+        self._begun = self._added
+        if len(self._records) == self.capacity:  # before its place is written over, so that no record names another's values
+            self._records.popleft()
+        return self._begun % self.capacity
 
     def drain(self) -> Iterator[Row]:
         """The rows that have arrived since the last call, in order, none left out; never waits."""
+        return (row for _, row in self.arrivals())
+
+    def arrivals(self) -> Iterator[tuple[int, Row]]:
+        """The same, each with its number."""
         while self._overtaken:
             yield self._overtaken.popleft()
         while self._drained < self._added and self._link.arrived(self._drained % self.capacity):
-            row = self._read(self._drained)
+            number = self._drained
+            row = self._read(number)
             self._drained += 1
-            yield row
+            yield number, row
+
+    def rows(self, since: int = 0) -> list[tuple[int, Row]]:
+        """The rows in memory that have arrived, from a number on, each with its number; drained or not."""
+        numbers = range(max(since, self._added - len(self._records)), self._added)
+        return [(n, self._read(n)) for n in numbers if n < self._drained or self._link.arrived(n % self.capacity)]
 
     def wait(self) -> None:
         """Wait until every row added so far has arrived."""
@@ -172,9 +190,7 @@ class RingBuffer:
         """The last `capacity` steps; with `wait=False` those of them that have arrived."""
         if wait:
             self.wait()
-        numbers = range(self._added - len(self._records), self._added)
-        rows = [self._read(n) for n in numbers if n < self._drained or self._link.arrived(n % self.capacity)]
-        return History.of(rows, self.row.table)
+        return History.of([row for _, row in self.rows()], self.row.table)
 
     def report(self, reason: str, history: History) -> Report:
         """A report of the history with the facts of this run, without failure or findings."""
@@ -204,7 +220,7 @@ class RingBuffer:
     def _read(self, number: int) -> Row:
         """Decode one arrived row: signs, scalars, and gradients divided by the loss scale that was on them."""
         lines = self._link.host[number % self.capacity].numpy()
-        record = self._records[number - self._added]
+        record = self._records[number - self._records[0].number]
         scalars = dict(record.scalars)
         scalars.update({name: float(lines[line, column]) for name, (line, column) in record.on_device.items()})
         values = _stats.decode(lines[FIRST_TAP_LINE:])

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from . import _launch, triggers
-from ._publish import instead_of
+from ._publish import folders_of
 from .errors import BadSetting, explain
 
 ON_FAILURE = ("raise", "warn", "stop")
@@ -45,4 +45,4 @@ def box_folders(blackbox: bool | str | os.PathLike[str], run: Path) -> list[Path
     """Where the black box of a run goes, the best folder first; none to keep none."""
     if blackbox is False or _launch.disabled():
         return []
-    return [run if blackbox is True else Path(blackbox) / run.name, instead_of(run)]
+    return folders_of(run if blackbox is True else Path(blackbox) / run.name)

@@ -161,8 +161,8 @@ class Recorder:
 
     @_never_fatal
     def _next_failure(self) -> Failure | None:
-        for row in self._ring.drain():
-            self._box.write(row)  # first: whatever happens to the process from here on, the row is there
+        for number, row in self._ring.arrivals():
+            self._box.write(row, number)  # first: whatever happens to the process from here on, the row is there
             try:
                 failure = self._engine.check(row)
             except NobsError as error:  # in a trigger it is no wrong call of the training loop's
@@ -308,9 +308,9 @@ class Recorder:
 
     @_never_fatal
     def _keep_the_rest(self) -> None:
-        """The rows that nobody will judge: those behind a failure, and the half step that an exception ended."""
-        for row in self._ring.drain():
-            self._box.write(row)
+        """What the black box has not got yet: rows behind a failure, the half step of an exception, a row that Ctrl-C met."""
+        for number, row in self._ring.rows(since=self._box.number):
+            self._box.write(row, number)
 
 
 def _is_clean_exit(error: BaseException) -> bool:

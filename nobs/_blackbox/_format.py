@@ -168,7 +168,7 @@ def decode_header(raw: bytes) -> Header:
         capacity=checked.whole(data["capacity"]),
         table=TapTable(tuple(_tap(*tap) for tap in data["taps"])),
         triggers=tuple((checked.text(name), _settings(settings)) for name, settings in data["triggers"]),
-        process=Process(**{name: checked.fact(value) for name, value in data["process"].items()}),  # type: ignore[arg-type]
+        process=Process(checked.whole(data["process"].pop("pid")), **{k: checked.text(v) for k, v in data["process"].items()}),
     )
 
 
@@ -213,6 +213,6 @@ def decode_status(raw: bytes) -> tuple[int, Status] | None:
         state = data["state"] if data["state"] in STATES else "running"
         failures = tuple(failure_from(failure) for failure in data["failures"])
         exception, dump = checked.text_or_none(data["exception"]), checked.text_or_none(data["dump"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         return None
     return number, Status(state, failures, exception, dump)

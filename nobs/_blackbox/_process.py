@@ -34,7 +34,7 @@ def is_alive(process: Process) -> bool | None:
         return _started(process.pid) == process.started
     try:
         os.kill(process.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process can have
         return False
     except OSError:  # it is another user's
         return True

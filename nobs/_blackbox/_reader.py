@@ -167,7 +167,7 @@ class OpenBox:
         while (record := self._numbered(last + 1) or self._numbered(last + 2)) is not None:  # one may be damaged for good
             fresh.append(record)
             last = record.number
-        if fresh or number == 0 or self._numbered(number) is not None:
+        if fresh or self._numbered(number) is not None:
             return fresh
         return [record for record in self.records()[0] if record.number > number]
 

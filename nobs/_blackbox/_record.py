@@ -20,6 +20,8 @@ _HEAD = struct.Struct("<IHHQqdI")
 _CRC, _DOUBLE = struct.Struct("<I"), struct.Struct("<d")
 _LATEST = 2.0**25
 """No clock of a row reads more: beyond 2**24 a float32 does not count."""
+_MOST = 2.0**62
+"""No tensor has more elements, and no run more steps: a dump takes no larger numbers."""
 
 
 def encode_record(row: Row, number: int, layout: Layout) -> bytes:
@@ -83,7 +85,9 @@ def decode_record(raw: bytes, layout: Layout, table: TapTable) -> Record | None:
     _, scalars, left_out, number, step, time_s, named = _HEAD.unpack_from(raw)
     values = np.frombuffer(raw, "<f4", layout.taps * len(COLUMNS), HEAD_BYTES).reshape(layout.taps, len(COLUMNS))
     first, elements = values[:, FIRST], values[:, ELEMENTS]
-    if not (np.isposinf(first) | ((first >= 0) & (first < _LATEST))).all() or not (np.isfinite(elements) & (elements >= 0)).all():
+    if not -_MOST < step < _MOST:
+        return None
+    if not (np.isposinf(first) | ((first >= 0) & (first < _LATEST))).all() or not ((elements >= 0) & (elements < _MOST)).all():
         return None
     try:
         read, offset = _scalars(raw, scalars, HEAD_BYTES + values.nbytes)

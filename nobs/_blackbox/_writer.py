@@ -44,6 +44,7 @@ class BoxFile:
         self._status_number = 0
         self._durable = durable
         self._pid = os.getpid()
+        self._error_before = getattr(sys, "last_value", None)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._descriptor = _create(folder, header.rank)
         try:
@@ -56,21 +57,23 @@ class BoxFile:
         self.tell(self.status)
         self._put(0, encode_preamble(self.layout, raw))  # last: a reader takes the file for whole by it
 
-    def write(self, row: Row) -> None:
-        """Put a row into the next place. Cost: two copies of it and a CRC-32."""
-        self.number += 1
-        record = encode_record(row, self.number, self.layout)
-        offset = self.layout.record((self.number - 1) % self.layout.places)
+    def write(self, row: Row, number: int | None = None) -> None:
+        """Put a row into its place; its number, from 0 on, is the next if it is not told. Cost: two copies and a CRC-32."""
+        number = self.number if number is None else number
+        record = encode_record(row, number + 1, self.layout)
+        offset = self.layout.record(number % self.layout.places)
         # Torn anywhere in between, the checksum does not hold, and the place is one more than the capacity asks for.
         self._storage.put(offset + 4, record)
         self._storage.put(offset, checksum(record))
+        self.number = number + 1  # last: a row that found no room, or was interrupted, is not there yet
         self._sync(offset, self.layout.record_bytes)
 
     def tell(self, status: Status) -> None:
         """Write how the run stands, in the place of the status before last."""
         self.status = status
-        self._status_number += 1
-        self._put(self.layout.status(self._status_number), encode_status(status, self._status_number))
+        number = self._status_number + 1
+        self._put(self.layout.status(number), encode_status(status, number))
+        self._status_number = number  # last: the other place, which is whole, is not written to before this one is
 
     def _put(self, offset: int, content: bytes) -> None:
         self._storage.put(offset, content)
@@ -99,7 +102,8 @@ class BoxFile:
     def end_with_the_process(self) -> None:
         """The recorder is gone, or the program is at its end, and nobody said how the run ended."""
         if os.getpid() == self._pid and self.lost() is None and self.status.state == "running":
-            error = getattr(sys, "last_value", None)  # what the interpreter has just printed
+            error = getattr(sys, "last_value", None)  # what the interpreter has just printed; in a notebook it goes on
+            error = None if error is self._error_before or hasattr(sys, "ps1") else error
             ended = {"state": "ended"} if error is None else {"state": "exception", "exception": described(error)}
             self.tell(replace(self.status, **ended))  # type: ignore[arg-type]
         self.close()
@@ -149,9 +153,14 @@ class BlackBox:
         """The file, None where there is none (yet)."""
         return self._file.path if self._file else None
 
-    def write(self, row: Row) -> None:
-        """Keep a row."""
-        self._try(lambda file: file.write(row))
+    @property
+    def number(self) -> int:
+        """The number of the row that comes next."""
+        return self._file.number if self._file else 0
+
+    def write(self, row: Row, number: int | None = None) -> None:
+        """Keep a row; of two with one number the last."""
+        self._try(lambda file: file.write(row, number))
         if self._file is not None and self._file.status.state != "running":  # somebody caught what ended it, and goes on
             self.tell(state="running", exception=None)
 

@@ -31,6 +31,9 @@ _OF_A_BOX = ("killed", "unknown", "running", "ended")
 _LOST = {"records_damaged": "records damaged", "scalars_left_out": "scalars without room"}
 """What a black box may have lost."""
 
+_YEAR_10000_S = 253402300800.0
+"""A time from then on is none that a calendar has."""
+
 MOST_SCALARS = 8
 MOST_FINDINGS = 3
 
@@ -83,7 +86,7 @@ def _head(report: Report, glyphs: Glyphs) -> RenderableType:
 def _last(report: Report) -> str | None:
     """When the last step was, which no dump has to say."""
     history = report.history
-    if not len(history) or not np.isfinite(history.times_s[-1]):
+    if not len(history) or not 0 <= history.times_s[-1] < _YEAR_10000_S:
         return None
     return f"last step {history.steps[-1]}, at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(history.times_s[-1]))} UTC"
 
