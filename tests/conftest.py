@@ -12,7 +12,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 
 EXAMPLES = ("torchvision_anyway", "mnist_data")
-TESTS = ("twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies", "made_rows", "boxes")
+TESTS = ("twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies", "made_rows", "boxes", "disks", "deaths")
 BENCH = ("data", "models", "plant", "table", "runs", "score", "sessions", "oddities", "healthy")
 NAMED = (
     *(f"examples/{name}" for name in EXAMPLES),
@@ -33,6 +33,7 @@ settings.load_profile("nobs")
 
 def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="every mode with every model, some 30 minutes; else a subset of them")
+    parser.addoption("--endure", action="store_true", help="every way to die and to damage a file, 10 minutes; else a sample")
 
 
 def pytest_collection_finish(session):
@@ -50,6 +51,12 @@ def pytest_terminal_summary(terminalreporter):
         for cell in sorted(cells, key=lambda cell: (cell["model"], cell["mode"])):
             line = "refused: {refused}" if "refused" in cell else "{backend:10} {error:7.1e}  {graphs}"
             terminalreporter.write_line(("{model:18} {mode:30} " + line).format(**cell))
+    survived = [dict(report.user_properties) for report in terminalreporter.getreports("passed") if report.user_properties]
+    survived = [line for line in survived if "survived" in line]
+    if survived:
+        terminalreporter.section("survived: how often, and what was compared bit for bit")
+        for line in sorted(survived, key=lambda line: line["survived"]):
+            terminalreporter.write_line("{survived:44} {counts}".format(**line))
 
 
 @pytest.fixture(autouse=True)
