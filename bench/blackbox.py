@@ -2,7 +2,7 @@
 
     python bench/blackbox.py                      # prints both tables; --json FILE writes the raw figures
 
-The first table writes made rows: through a map, as on ext4, xfs and tmpfs; by `os.pwrite`, as on other file systems; and
+The first table writes made rows: through a map, as on ext4 and tmpfs; by `os.pwrite`, as on other file systems; and
 through a map with `durable=True`, which waits for the disk. The second trains a network with a recorder that keeps a black
 box and with one that does not, step by step in turn; ratios are of the whole step, and of `recorder.step` alone.
 """

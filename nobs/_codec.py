@@ -52,7 +52,9 @@ def write_whole(path: Path, content: bytes, *, over: bool = True) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_bytes(content)
+        draft.unlink(missing_ok=True)
+        with draft.open("xb") as file:  # never through a link that somebody has laid there
+            file.write(content)
         if over:
             draft.replace(path)
         else:

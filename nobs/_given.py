@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,38 @@ _MOST_INDICES = 100
 
 
 def batch_name(batch: object) -> object:
-    """What names a batch, as it is now: its text, or a copy of a tensor on an accelerator, whose text would wait for it."""
-    if batch is None or (isinstance(batch, Tensor) and batch.device.type != "cpu"):
-        return batch if batch is None else batch.detach().clone()
+    """What names a batch, as it is now: a short text, or, of a tensor on an accelerator, its first elements, copied there.
+
+    The text of a tensor would be waited for, and that of a whole batch takes longer than all the rest of a step.
+    """
     if isinstance(batch, Tensor) and batch.layout is torch.strided and not batch.is_nested:
-        batch = batch.flatten()[:_MOST_INDICES].tolist()  # torch's own text of a tensor takes longer than a step's bookkeeping
-    return safe_text(batch)
+        first = _first(batch.detach())
+        return safe_text(first.tolist()) if first.device.type == "cpu" else first.clone()
+    return batch if batch is None else safe_text(batch if isinstance(batch, str) else _SHORT.repr(batch))
+
+
+def _first(batch: Tensor) -> Tensor:
+    """The first elements, without a copy of the others, however they lie in memory."""
+    while batch.dim() > 1:
+        row = batch[0].numel() if len(batch) else 0
+        batch = batch[0] if row >= _MOST_INDICES else batch[: _MOST_INDICES // max(1, row) + 1].flatten()
+    return batch.reshape(-1)[:_MOST_INDICES]
+
+
+class _Short(reprlib.Repr):
+    """Texts of containers, cut; a tensor in them is told by its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = _MOST_INDICES
+        self.maxlevel = 4
+        self.maxstring = self.maxother = 200
+
+    def repr1(self, x: Any, level: int) -> str:
+        return f"<{x.dtype} {list(x.shape)}>" if isinstance(x, Tensor) else super().repr1(x, level)
+
+
+_SHORT = _Short()
 
 
 def checked_scalar(name: str, value: Any) -> Tensor | float:

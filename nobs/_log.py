@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 
-from ._names import safe_text
+from ._names import printable, safe_text
 
 log = logging.getLogger("nobs")
 log.addHandler(logging.NullHandler())
@@ -16,7 +16,7 @@ def complain(what: str, error: BaseException | None = None) -> None:
     """In the log with the error's trace, and on stderr in a line."""
     text = what if error is None else f"{what}: {safe_text(error)}"
     log.warning("nobs %s", text, exc_info=error)
-    say(f"nobs {text}")
+    say(f"nobs {printable(text)}")
 
 
 def say(text: str) -> None:

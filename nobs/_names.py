@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
 
+_LONGEST = 400
+
 ROOT = "(model)"
 """What the model itself is called."""
 
@@ -83,6 +85,8 @@ def _cut(name: str, width: int, ellipsis: str, share: float, without: int = 0) -
     """The name in `width` columns, `share` of them for its beginning; cut at all, it loses its first letters first."""
     if cells(name) <= width:
         return name
+    if len(name) > _LONGEST:  # a stranger's name may be a book, and is measured letter by letter
+        name = name[: _LONGEST // 2] + name[-_LONGEST // 2 :]
     if without:
         return ellipsis + _cut(name[without:], width - 1, ellipsis, share)
     head, tail = 0, len(name)

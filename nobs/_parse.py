@@ -132,6 +132,8 @@ def _line(series: dict[str, Any], facts: dict[str, Any], order: int | None, step
         if name in series:
             line[:, COLUMNS.index(name)] = checked.numbers(series[name], steps)
             ran = np.array([v is not None for v in series[name]], dtype=np.bool_)
+    if not (np.isfinite(line[ran, ELEMENTS]) & (line[ran, ELEMENTS] >= 0)).all():
+        raise ValueError("elements that are no count")
     code = DTYPES.index(facts["dtype"]) if facts["dtype"] in DTYPES else 0
     line[:, FIRST] = np.where(ran, (0 if order is None else checked.whole(order)) + 1 + code / 16, np.inf)
     line[~ran, :FIRST] = 0

@@ -29,11 +29,16 @@ def publish(report: Report, run: Path) -> Path | None:
     return path
 
 
-def write(report: Report, run: Path) -> Path | None:
-    """JSON, then PNG beside it; in the temporary folder where the run's cannot be written to. The path of the JSON."""
+def write(report: Report, run: Path, name: str | None = None) -> Path | None:
+    """JSON, then PNG beside it; in the temporary folder where the run's cannot be written to. The path of the JSON.
+
+    Args:
+        name: of the file, without its suffix; else that of the rank.
+    """
+    name = name or f"rank{report.rank:05d}"
     for base in folders_of(run):
         try:
-            path = _saved(report, base / f"step{_step(report):08d}")
+            path = _saved(report, base / f"step{_step(report):08d}", name)
         except Exception as error:
             complain(f"could not write a dump to {base}", error)
             continue
@@ -64,13 +69,13 @@ def _step(report: Report) -> int:
     return int(report.history.steps[-1]) if len(report.history) else 0
 
 
-def _saved(report: Report, folder: Path) -> Path:
+def _saved(report: Report, folder: Path, name: str) -> Path:
     """The dump's path: in the folder, with a number behind it where an earlier dump of the same step lies, or another's."""
     content = _codec.dumps(report).encode()
     for n in range(1, 10_000):
         there = folder.with_name(folder.name + (f"-{n}" if n > 1 else ""))
         try:
-            return _codec.write_whole(there / f"rank{report.rank:05d}.json", content, over=False)
+            return _codec.write_whole(there / f"{name}.json", content, over=False)
         except FileExistsError:
             if not there.is_dir():  # a file in the way of the folder
                 raise

@@ -21,7 +21,8 @@ def report_of(recording: Recording) -> Report:
     reason = _REASONS.get(status.state) or ("running" if recording.alive else "killed" if recording.alive is False else "unknown")
     noted = _noted(status, history)
     failure = noted or (unheard(recording) if reason in ("killed", "unknown") or recording.status is None else None)
-    counted = {"records_damaged": recording.damaged, "scalars_left_out": recording.left_out}
+    before = len(status.failures) if failure is None else 0
+    counted = {"failures_before": before, "records_damaged": recording.damaged, "scalars_left_out": recording.left_out}
     report = Report(
         history=history,
         reason=reason,

@@ -179,7 +179,13 @@ class RingBuffer:
     def rows(self, since: int = 0) -> list[tuple[int, Row]]:
         """The rows in memory that have arrived, from a number on, each with its number; drained or not."""
         numbers = range(max(since, self._added - len(self._records)), self._added)
-        return [(n, self._read(n)) for n in numbers if n < self._drained or self._link.arrived(n % self.capacity)]
+        return [(n, self._read(n)) for n in numbers if n < self._drained or self._has_arrived(n)]
+
+    def _has_arrived(self, number: int) -> bool:
+        try:
+            return self._link.arrived(number % self.capacity)
+        except RuntimeError:  # after an error of the device nobody can ask it; what was drained is here
+            return False
 
     def wait(self) -> None:
         """Wait until every row added so far has arrived."""

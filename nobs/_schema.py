@@ -49,12 +49,15 @@ class Finding:
 REASONS = {
     "sigterm": "stopped by SIGTERM",
     "manual": "dump on request",
-    "ended": "the run ended, and nothing failed",
+    "ended": "the run ended",
     "running": "the run goes on",
     "killed": "the process died without a word",
-    "unknown": "the run goes on, or its process died: it is on another machine",
+    "unknown": "the run goes on, or its process died: nobody can tell from here, on another machine or in another container",
 }
 """Why there is a report, where no trigger and no exception was the reason."""
+
+
+_DEATHS = ("killed", "sigterm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +84,8 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether anything went wrong: what a trigger saw, an exception, a death, or NaN and Inf that nobody judged."""
-        return self.failure is not None or self.exception is not None or self.reason == "killed" or bool(self.findings)
+        """Whether anything went wrong: what a trigger saw, an exception, a death, an order to stop, NaN that nobody judged."""
+        return self.failure is not None or self.exception is not None or self.reason in _DEATHS or bool(self.findings)
 
     def summary(self) -> str:
         """The failure in one line, and the first finding behind it."""

@@ -15,7 +15,7 @@ from .errors import BadSetting, explain
 ON_FAILURE = ("raise", "warn", "stop")
 
 
-def check(model: object, directory: object, blackbox: object, on_failure: object) -> None:
+def check(model: object, directory: object, blackbox: object, durable: object, on_failure: object) -> None:
     """Refuse what no Recorder can work with.
 
     Raises:
@@ -33,6 +33,8 @@ def check(model: object, directory: object, blackbox: object, on_failure: object
         raise BadSetting(explain("Recorder(directory=...)", repr(directory), "a path", 'directory="crashes"'))
     if not isinstance(blackbox, (bool, str, os.PathLike)):
         raise BadSetting(explain("Recorder(blackbox=...)", repr(blackbox), "True, False, or a path", "blackbox=True"))
+    if not isinstance(durable, bool):
+        raise BadSetting(explain("Recorder(durable=...)", repr(durable), "True or False", "durable=True"))
 
 
 def engine(chosen: Sequence[triggers.Trigger] | None, optimizers: int) -> triggers.TriggerEngine:

@@ -99,7 +99,7 @@ class Recorder:
         durable: bool = False,
         on_failure: str = "raise",
     ) -> None:
-        check(model, directory, blackbox, on_failure)
+        check(model, directory, blackbox, durable, on_failure)
         self._ring = RingBuffer(model, capacity=capacity)
         self._update = UpdateWatch(self._ring.row, optimizer, scaler)
         self._engine = engine(triggers, self._update.optimizers)
@@ -268,12 +268,11 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if self._sigterm.in_child:  # a forked worker on its way out: it never writes
             return False
-        ended = {"state": "failed" if isinstance(error, TrainingFailure) else "ended"}
+        ended = _how_it_ended(error, self.report)
         try:
             if error is None:
                 self.flush()
             elif not isinstance(error, TrainingFailure) and not _is_clean_exit(error):
-                ended = {"state": "exception", "exception": described(error)}
                 self._box.tell(**ended)  # first: the dump may find no room
                 self._dump_escaped(error)
         except TrainingFailure as failure:
@@ -309,8 +308,17 @@ class Recorder:
     @_never_fatal
     def _keep_the_rest(self) -> None:
         """What the black box has not got yet: rows behind a failure, the half step of an exception, a row that Ctrl-C met."""
-        for number, row in self._ring.rows(since=self._box.number):
+        for number, row in self._ring.rows(since=self._box.rows):
             self._box.write(row, number)
+
+
+def _how_it_ended(error: BaseException | None, report: Report | None) -> dict[str, str]:
+    """What the black box says of a run that an error, or none, has ended."""
+    if error is None or _is_clean_exit(error):
+        return {"state": "ended"}
+    if isinstance(error, TrainingFailure) and error.report is report:
+        return {"state": "failed"}
+    return {"state": "exception", "exception": described(error)}  # another recorder's failure too
 
 
 def _is_clean_exit(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ from nobs._history import Row
 from nobs._table import Tap, TapTable
 
 CAPACITY = 16
-STEPS = {"small": 400, "tall": 40}
+STEPS = {"small": 250, "tall": 24}
 
 
 class Tall(nn.Module):
@@ -143,6 +143,7 @@ class Server:
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         command = [sys.executable, "-W", "ignore", __file__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=surroundings)
+        self._running = None
         atexit.register(self.close)
 
     def close(self):
@@ -153,14 +154,19 @@ class Server:
 
     def start(self, here, program, longest_s=120):
         """Start a program; its process number. It is killed when it takes longer."""
+        if self._running is not None:  # of a test that failed
+            os.kill(self._running, signal.SIGKILL)
+            self.wait()
         here.mkdir(exist_ok=True)
         order = {"here": str(here), "program": program, "longest_s": longest_s}
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        self._running = int(self._process.stdout.readline())
+        return self._running
 
     def wait(self):
         """How the program ended: its exit code, or the number of the signal, negative."""
+        self._running = None
         return int(self._process.stdout.readline())
 
     def run(self, here, program, longest_s=120):

@@ -14,6 +14,7 @@ from boxes import box_of
 from samples import story_report
 
 from nobs import _codec, cli, load
+from nobs._blackbox import this_process
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_the_newest_by_default(dump, tmp_path, monkeypatch, capsys):
     """Without a path: the newest below ./crashes, be it a dump or a black box."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["show"]) == 2
-    assert "nobs show crashes" in capsys.readouterr().err
+    assert "./crashes if it was told no other" in capsys.readouterr().err
     (tmp_path / "run").rename(tmp_path / "crashes")
     assert cli.main(["check"]) == 1
     assert "loss is NaN at step 349" in capsys.readouterr().out
@@ -127,9 +128,9 @@ def test_did_you_mean(typed, says, dump, capsys):
 @pytest.mark.parametrize(
     ("status", "code", "says"),
     [
-        ({"state": "ended"}, 0, "fine: the run ended, and nothing failed"),
+        ({"state": "ended"}, 0, "fine: the run ended; steps 300 to 349"),
         ({"state": "running"}, 1, "failed: the process died without a word"),
-        ({"state": "sigterm"}, 0, "fine: stopped by SIGTERM"),
+        ({"state": "sigterm"}, 1, "failed: stopped by SIGTERM"),
         ({"state": "exception", "exception": "OutOfMemoryError: 80 GiB"}, 1, "failed: OutOfMemoryError: 80 GiB"),
         ({"state": "failed", "failures": (story_report().failure,)}, 1, "failed: loss is NaN at step 349"),
     ],
@@ -141,6 +142,36 @@ def test_check(status, code, says, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(says)
     assert cli.main(["check", str(tmp_path), "--json"]) == code
     assert json.loads(capsys.readouterr().out)["failed"] == bool(code)
+
+
+def test_check_of_many(tmp_path, capsys):
+    """No rank that failed is hidden behind one that ended later; several paths may be asked about at once."""
+    failure = story_report().failure
+    later = replace(healthy(), history=replace(healthy().history, times_s=np.arange(50) + 4e9))
+    box_of(later, tmp_path / "run", rank=0, state="ended")
+    failed = box_of(story_report(), tmp_path / "run", rank=1, state="failed", failures=(failure,))
+    box_of(later, tmp_path / "other", rank=0, state="ended")
+    assert cli.main(["check", str(tmp_path / "run")]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("failed: loss is NaN")
+    assert out[1:] == ["1 of 2 failed"]
+    assert cli.main(["check", str(tmp_path / "other"), str(failed), "--json"]) == 1
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["path"], verdict["failed"], len(verdict["checked"])) == (str(failed), True, 2)
+    assert cli.main(["check", str(tmp_path / "other")]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["check", ""])
+    assert "an empty path" in capsys.readouterr().err
+
+
+def test_recover_of_a_run_that_goes_on(tmp_path, capsys):
+    """Shown, and not written: what stands of it now would hide what becomes of it."""
+    box_of(healthy(), tmp_path / "run", process=this_process(), triggers=(("NonFinite", {}),))
+    assert cli.main(["recover", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "the run goes on" in out
+    assert "nothing was written" in err
+    assert list((tmp_path / "run").glob("step*")) == []
 
 
 def test_recover(tmp_path, capsys):
@@ -166,6 +197,8 @@ def test_recover(tmp_path, capsys):
     assert (tmp_path / "run" / "step00000349-2" / "rank00000.json").exists()
     assert cli.main(["recover", str(dump.parent)]) == 2
     assert "a folder without black boxes" in capsys.readouterr().err
+    assert cli.main(["recover", str(dump)]) == 2  # a dump is a report
+    assert "no black box" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))

@@ -135,7 +135,7 @@ def test_the_page_of_a_crash(runs, capsys, monkeypatch):
     text = on_one_line(out)
     assert re.match(r" A \S*nan/\S+rank00000\.json loss is NaN at step 12", text)
     answers = [
-        "loss is NaN at step 12", " B ", "other", "the run ended, and nothing failed",
+        "loss is NaN at step 12", " B ", "other", "the run ended",
         "0 to 12 (13) in both; in B alone 13 to 23 (11)",
         "first to part: conv1 (Conv2d), weight, at step 0", "first a factor of 2 apart: conv2 (Conv2d), weight, at step 12",
         "▶ conv2", " loss parts at step 0", "NaN against", "the same lr",

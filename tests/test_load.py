@@ -14,8 +14,9 @@ from strategies import reports
 import nobs
 from nobs import _codec
 from nobs._columns import STATISTICS
+from nobs._find import find
 from nobs._history import History
-from nobs._load import find, loads
+from nobs._parse import loads
 from nobs._schema import Failure, Report
 from nobs._table import Tap, TapTable
 from nobs.errors import UnreadableDump
@@ -147,7 +148,7 @@ def test_any_field_may_be_anything(field, value):
 def test_missing_files_and_folders(tmp_path):
     """A path that is not there, a folder without dumps, a folder as a dump."""
     for path in (tmp_path / "nothing.json", tmp_path):
-        with pytest.raises(UnreadableDump, match="a dump, <directory>"):
+        with pytest.raises(UnreadableDump, match=r"a dump \(<directory>"):
             nobs.load(path)
 
 
@@ -165,11 +166,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     """A disk that fills up while writing leaves neither half a dump nor a draft."""
     from pathlib import Path
 
-    def full(self, content):
-        self.touch()
-        raise OSError(28, "No space left on device")
+    class Full:
+        def __enter__(self):
+            return self
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+        def __exit__(self, *error):
+            pass
+
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+    def full(self, mode):
+        self.touch(exist_ok=False)
+        return Full()
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space"):
         _codec.save(example(), tmp_path / "rank00000.json")
     assert list(tmp_path.iterdir()) == []

@@ -235,6 +235,37 @@ def test_a_batch_is_named_as_it_was(model, tmp_path):
         assert recorder.history().batches == ("[0]", "[1]", "[0.0]", "[1.0]")
 
 
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ("a.tar", "a.tar"),
+        (torch.arange(6).reshape(2, 3).T, "[0, 3, 1, 4, 2, 5]"),
+        ([torch.zeros(2, 3), 7], "[<torch.float32 [2, 3]>, 7]"),
+        ({"x": torch.zeros(2), "file": "b.tar"}, "{'file': 'b.tar', 'x': <torch.float32 [2]>}"),
+        (torch.zeros(3, 0), "[]"),
+        (torch.eye(2).to_sparse(), "<torch.float32 [2, 2]>"),
+        (range(3), "range(0, 3)"),
+    ],
+)
+def test_a_batch_may_be_anything(model, tmp_path, batch, says):
+    """A short text, without waiting for a tensor in it."""
+    with nobs.Recorder(model, directory=tmp_path) as recorder:
+        recorder.step(1.0, batch=batch)
+        assert recorder.history().batches == (says,)
+
+
+def test_the_name_of_a_batch_costs_no_more_than_its_beginning(model, tmp_path):
+    """Millions of indices, and a whole batch of images."""
+    import time
+
+    from nobs._given import batch_name
+
+    for batch in (list(range(3_000_000)), torch.zeros(3_000_000), torch.zeros(2000, 1500).T, torch.zeros(64, 3, 100, 100)):
+        begin = time.perf_counter()
+        assert len(batch_name(batch)) <= 200
+        assert time.perf_counter() - begin < 0.02
+
+
 def test_a_recorder_is_no_cycle(tmp_path):
     """Dropped without a `with` block, it frees model and optimizer at once, without the collector."""
     import weakref

@@ -213,7 +213,8 @@ def test_sigkill_while_nothing_but_records_are_written(tmp_path, often, counted,
         os.kill(process, signal.SIGKILL)
         assert server().wait() == -signal.SIGKILL
         total += what_is_left(here, wide_steps) + Counter(kills=1)
-    assert total["torn"] > 0, total
+    assert total["records_compared"] > 0
+    assert total["torn"] > 0 or not often(True, False)  # a few kills may all miss
     counted(f"SIGKILL, nothing but {storage} records", **total)
 
 
@@ -227,7 +228,8 @@ def test_reading_while_another_process_writes(tmp_path, often, counted):
         steps, _ = wide_steps(box)
         assert steps == sorted(set(steps))
         total += Counter(readings=1, records_compared=len(steps))
-        assert nobs._load._news_s(box) <= returned(here)
+        with OpenBox(box) as opened:
+            assert (opened.last_time_s() or 0) <= returned(here)
     with OpenBox(box) as opened:
         last = 0
         for _ in range(often(500, 40)):

@@ -420,7 +420,7 @@ def test_lines_in_a_pipe(tmp_path, monkeypatch, capsys):
     assert len(lines) >= 3
     assert re.fullmatch(r"step 319  loss 1.\d+  10 steps/s  no trigger", lines[0])
     assert lines[-1].startswith("step 325")
-    assert "the run ended, and nothing failed" in out
+    assert "the run ended" in out
     assert "\x1b" not in out
 
 
@@ -622,7 +622,7 @@ def test_a_pause(tmp_path, terminal):
     time.sleep(_follow.SETTLED_S)
     assert watching.process.poll() is None
     watching.type("q")
-    assert "the run ended, and nothing failed" in watching.ended()
+    assert "the run ended" in watching.ended()
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
@@ -677,7 +677,7 @@ def test_a_run_that_ends_and_one_that_is_killed(tmp_path, terminal):
     with training(tmp_path, "ends", "endless") as process:
         first.until("step [1-9]")
         first.until("conv1")
-        assert "the run ended, and nothing failed" in first.ended()
+        assert "the run ended" in first.ended()
         second.until("step [1-9]")
         second.until("[0-9.]+ steps/s")
         assert process.poll() is None

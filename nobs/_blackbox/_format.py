@@ -157,6 +157,9 @@ def decode_header(raw: bytes) -> Header:
         ValueError, TypeError, KeyError, RecursionError: it is not what this version writes.
     """
     data = json.loads(raw)
+    if len({(layer, site) for layer, _, site, _ in data["taps"]}) < len(data["taps"]):
+        raise ValueError("two taps of one site")
+    process = data["process"]
     if data["format"] != FORMAT or tuple(data["statistics"]) != COLUMNS:
         raise ValueError(f"statistics {data['statistics']!r}")
     return Header(
@@ -168,7 +171,7 @@ def decode_header(raw: bytes) -> Header:
         capacity=checked.whole(data["capacity"]),
         table=TapTable(tuple(_tap(*tap) for tap in data["taps"])),
         triggers=tuple((checked.text(name), _settings(settings)) for name, settings in data["triggers"]),
-        process=Process(checked.whole(data["process"].pop("pid")), **{k: checked.text(v) for k, v in data["process"].items()}),
+        process=Process(checked.whole(process["pid"]), *(checked.text(process[k]) for k in ("host", "boot", "space", "started"))),
     )
 
 

@@ -28,6 +28,8 @@ def this_process() -> Process:
 def is_alive(process: Process) -> bool | None:
     """Whether a process still runs; None where nobody can tell from here."""
     here = this_process()
+    if process.host == here.host and process.boot and here.boot and process.boot != here.boot:
+        return False  # the machine has started anew since
     if (process.host, process.boot, process.space) != (here.host, here.boot, here.space):
         return None
     if process.started:

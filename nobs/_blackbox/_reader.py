@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import BinaryIO, NoReturn
 
 from .._history import History
+from .._names import printable
 from ..errors import UnreadableDump, explain, reason
 from ._format import (
     HEAD_BYTES,
@@ -30,6 +31,7 @@ from ._process import is_alive
 from ._record import Record, decode_record, is_blank, number_of
 
 _MOST_HEADER_BYTES = 1 << 28
+_MOST_PLACES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,6 @@ class Recording:
         left_out: scalars that did not fit into their record.
     """
 
-    path: Path
     header: Header
     history: History
     status: Status | None
@@ -89,7 +90,7 @@ class OpenBox:
 
     def _refuse(self, got: str, expected: str = "an intact black box", type_this: str = "") -> NoReturn:
         type_this = type_this or "nobs show PATH, with another file"
-        raise UnreadableDump(explain(f"reading {self.path}", got, expected, type_this)) from None
+        raise UnreadableDump(explain(f"reading {printable(str(self.path))}", got, expected, type_this)) from None
 
     def _open(self) -> tuple[Header, Layout]:
         preamble = decode_preamble(self._read(0, PREAMBLE_BYTES))
@@ -107,7 +108,8 @@ class OpenBox:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             self._refuse(f"a header whose fields do not fit ({type(error).__name__}: {error})")
         layout = Layout.of(len(raw), len(header.table), preamble.layout.places)
-        if {**vars(preamble.layout), "taps": layout.taps} != vars(layout) or not 0 < header.capacity <= layout.places:
+        fits = {**vars(preamble.layout), "taps": layout.taps} == vars(layout) and layout.places == header.capacity + 1
+        if not fits or not 1 < layout.places < _MOST_PLACES:
             self._refuse("sizes that do not fit together")
         return header, layout
 
@@ -134,18 +136,22 @@ class OpenBox:
         return self._read(self.layout.record(place), self.layout.record_bytes)
 
     def records(self) -> tuple[list[Record], int]:
-        """All intact records, the oldest first, and how many places hold a damaged one or are cut off."""
-        intact, damaged = [], 0
+        """All intact records, the oldest first, and how many are torn, changed or cut off."""
         there = self._places()
+        intact, damaged = [], 0
         for place in range(there):
             raw = self.at(place)
             record = decode_record(raw, self.layout, self.header.table)
             if record is not None and record.number > 0 and (record.number - 1) % self.layout.places == place:
                 intact.append(record)
-            elif len(raw) < self.layout.record_bytes or not is_blank(raw):
+            elif len(raw) == self.layout.record_bytes and not is_blank(raw):
                 damaged += 1
+            elif len(raw) < self.layout.record_bytes:
+                there -= 1
         intact.sort(key=lambda record: record.number)
-        return intact, damaged + self.layout.places - there
+        # Of places behind the end of the file those count that were written to: all, once the ring has gone round.
+        written = min(self.layout.places, intact[-1].number) if intact else self.layout.places
+        return intact, damaged + max(0, written - there)
 
     def _places(self) -> int:
         """The places that the file is long enough for, the last maybe in part: what it says of itself may be any number."""
@@ -154,26 +160,27 @@ class OpenBox:
 
     def last_time_s(self) -> float | None:
         """When the last intact record was made, in Unix time; reads little but the records' beginnings."""
-        heads = (self._read(self.layout.record(place), HEAD_BYTES) for place in range(self._places()))
-        for number in sorted(map(number_of, heads), reverse=True):
-            if (record := self._numbered(number)) is not None:
-                return record.row.time_s
-        return None
+        found = (self._intact(self._place_of(number)) for number in reversed(self._claimed()))
+        return next((record.row.time_s for record in found if record is not None), None)
 
     def since(self, number: int) -> list[Record]:
-        """The records behind that of a number, the oldest first; where the ring has gone round since, all that it holds."""
-        fresh: list[Record] = []
-        last = number
-        while (record := self._numbered(last + 1) or self._numbered(last + 2)) is not None:  # one may be damaged for good
-            fresh.append(record)
-            last = record.number
-        if fresh or self._numbered(number) is not None:
-            return fresh
-        return [record for record in self.records()[0] if record.number > number]
+        """The records behind that of a number, the oldest first; reads little else than their beginnings."""
+        # Whatever stands there by now: a fast writer may have gone round since.
+        found = (self._intact(self._place_of(claimed)) for claimed in self._claimed() if claimed > number)
+        fresh = {record.number: record for record in found if record is not None and record.number > number}
+        return [fresh[n] for n in sorted(fresh)]
 
-    def _numbered(self, number: int) -> Record | None:
-        record = decode_record(self.at((number - 1) % self.layout.places), self.layout, self.header.table) if number > 0 else None
-        return record if record is not None and record.number == number else None
+    def _claimed(self) -> list[int]:
+        """The numbers that the records claim to have, ascending; of a damaged one it may be any."""
+        heads = (self._read(self.layout.record(place), HEAD_BYTES) for place in range(self._places()))
+        return sorted({number_of(head) for head in heads} - {0})
+
+    def _place_of(self, number: int) -> int:
+        return (number - 1) % self.layout.places
+
+    def _intact(self, place: int) -> Record | None:
+        record = decode_record(self.at(place), self.layout, self.header.table)
+        return record if record is not None and record.number > 0 and self._place_of(record.number) == place else None
 
     def alive(self) -> bool | None:
         """Whether the process that writes it still runs; None where nobody can tell from here."""
@@ -182,11 +189,11 @@ class OpenBox:
     def recording(self) -> Recording:
         """All that it holds now."""
         alive = self.alive()  # before the records: a process that dies in between has written them
-        records, damaged = self.records()
-        status = self.status()
+        status = self.status()  # likewise: of a run that fails in between the row may be there and the failure not, but not
+        records, damaged = self.records()  # the failure without its row
         kept = [record for record in records if record.number > records[-1].number - self.header.capacity]
         history = History.of([record.row for record in kept], self.header.table)
-        return Recording(self.path, self.header, history, status, alive, damaged, sum(record.left_out for record in kept))
+        return Recording(self.header, history, status, alive, damaged, sum(record.left_out for record in kept))
 
 
 def read(path: Path) -> Recording:

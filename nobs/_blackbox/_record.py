@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ def decode_record(raw: bytes, layout: Layout, table: TapTable) -> Record | None:
     _, scalars, left_out, number, step, time_s, named = _HEAD.unpack_from(raw)
     values = np.frombuffer(raw, "<f4", layout.taps * len(COLUMNS), HEAD_BYTES).reshape(layout.taps, len(COLUMNS))
     first, elements = values[:, FIRST], values[:, ELEMENTS]
-    if not -_MOST < step < _MOST:
+    if not (-_MOST < step < _MOST and math.isfinite(time_s)):
         return None
     if not (np.isposinf(first) | ((first >= 0) & (first < _LATEST))).all() or not ((elements >= 0) & (elements < _MOST)).all():
         return None

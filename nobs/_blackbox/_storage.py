@@ -12,8 +12,11 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-IN_PLACE = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs", "ramfs"})
-"""File systems that write a block over where it is."""
+IN_PLACE = frozenset({"ext2", "ext3", "ext4", "tmpfs", "ramfs"})
+"""File systems that write a block over where it is. Not xfs: a copy of the file shares its blocks there."""
+
+
+_CHUNK = 1 << 20
 
 
 class Storage(Protocol):
@@ -75,9 +78,9 @@ def storage_for(descriptor: int, path: Path, size: int) -> Storage:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
-        chunk = bytes(1 << 20)
-        for offset in range(0, size, len(chunk)):
-            os.write(descriptor, chunk[: size - offset])
+        with open(descriptor, "wb", closefd=False) as file:  # it is open already
+            for offset in range(0, size, _CHUNK):
+                file.write(bytes(min(_CHUNK, size - offset)))
     can_call = hasattr(os, "pwrite")  # Windows cannot
     return CalledStorage(descriptor) if can_call and file_system(path) not in IN_PLACE else MappedStorage(descriptor, size)
 

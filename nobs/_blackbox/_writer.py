@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import weakref
@@ -39,7 +40,7 @@ class BoxFile:
         raw = encode_header(header)
         self.header = header
         self.layout = Layout.of(len(raw), len(header.table), header.capacity + 1)
-        self.number = 0
+        self._written = (0, 0)
         self.status = Status()
         self._status_number = 0
         self._durable = durable
@@ -47,32 +48,44 @@ class BoxFile:
         self._error_before = getattr(sys, "last_value", None)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._descriptor = _create(folder, header.rank)
+        self._identity = _identity(os.fstat(self._descriptor))
         try:
             self._storage = storage_for(self._descriptor, self.path, self.layout.total_bytes)
+            self._put(PREAMBLE_BYTES, raw)
+            self.tell(self.status)
+            self._put(0, encode_preamble(self.layout, raw))  # last: a reader takes the file for whole by it
         except BaseException:  # on a full disk half a file is worth nothing, and in the way
             os.close(self._descriptor)
             self.path.unlink(missing_ok=True)
             raise
-        self._put(PREAMBLE_BYTES, raw)
-        self.tell(self.status)
-        self._put(0, encode_preamble(self.layout, raw))  # last: a reader takes the file for whole by it
+
+    @property
+    def rows(self) -> int:
+        """The number of the row that comes next, as the ring counts them."""
+        return self._written[1]
 
     def write(self, row: Row, number: int | None = None) -> None:
-        """Put a row into its place; its number, from 0 on, is the next if it is not told. Cost: two copies and a CRC-32."""
-        number = self.number if number is None else number
-        record = encode_record(row, number + 1, self.layout)
-        offset = self.layout.record(number % self.layout.places)
+        """Put a row into the next place. Cost: two copies and a CRC-32.
+
+        Args:
+            number: of the row, from 0 on, as the ring counts; the next if it is not told.
+        """
+        records, rows = self._written
+        record = encode_record(row, records + 1, self.layout)
+        offset = self.layout.record(records % self.layout.places)
         # Torn anywhere in between, the checksum does not hold, and the place is one more than the capacity asks for.
         self._storage.put(offset + 4, record)
         self._storage.put(offset, checksum(record))
-        self.number = number + 1  # last: a row that found no room, or was interrupted, is not there yet
+        # Last, and at once: a row that found no room, or was interrupted, is not there, and the next one has its place.
+        self._written = (records + 1, (rows if number is None else number) + 1)
         self._sync(offset, self.layout.record_bytes)
 
     def tell(self, status: Status) -> None:
         """Write how the run stands, in the place of the status before last."""
-        self.status = status
         number = self._status_number + 1
-        self._put(self.layout.status(number), encode_status(status, number))
+        raw = encode_status(status, number)
+        self.status = status  # also where there is no room for it now: it comes with the next
+        self._put(self.layout.status(number), raw)
         self._status_number = number  # last: the other place, which is whole, is not written to before this one is
 
     def _put(self, offset: int, content: bytes) -> None:
@@ -84,15 +97,17 @@ class BoxFile:
             self._storage.sync(offset, size)
 
     def lost(self) -> str | None:
-        """How the file was lost, if it was: "deleted" or "cut". A store into a cut one would kill the process."""
+        """How the file was lost, if it was: "deleted", "cut" or "closed". A store into a cut one would kill the process."""
         facts = os.fstat(self._descriptor)
+        if _identity(facts) != self._identity:  # somebody has closed all descriptors, and this one is of another file by now
+            return "closed"
         return "cut" if facts.st_size < self.layout.total_bytes else None if facts.st_nlink else "deleted"
 
     def copy_of(self, other: BoxFile) -> None:
         """Take over all that another file with the same header holds."""
         begin = self.layout.status_offset
         self._put(begin, other._storage.get(begin, self.layout.total_bytes - begin))
-        self.number, self._status_number, self.status = other.number, other._status_number, other.status
+        self._written, self._status_number, self.status = other._written, other._status_number, other.status
 
     def close(self) -> None:
         """Let go of the file; the bytes stay where they are."""
@@ -101,12 +116,18 @@ class BoxFile:
 
     def end_with_the_process(self) -> None:
         """The recorder is gone, or the program is at its end, and nobody said how the run ended."""
-        if os.getpid() == self._pid and self.lost() is None and self.status.state == "running":
-            error = getattr(sys, "last_value", None)  # what the interpreter has just printed; in a notebook it goes on
-            error = None if error is self._error_before or hasattr(sys, "ps1") else error
-            ended = {"state": "ended"} if error is None else {"state": "exception", "exception": described(error)}
-            self.tell(replace(self.status, **ended))  # type: ignore[arg-type]
-        self.close()
+        with contextlib.suppress(Exception):  # nobody is left to be told
+            if os.getpid() == self._pid and self.lost() is None and self.status.state == "running":
+                error = getattr(sys, "last_value", None)  # what the interpreter has just printed; in a notebook it goes on
+                error = None if error is self._error_before or hasattr(sys, "ps1") else error
+                ended = {"state": "ended"} if error is None else {"state": "exception", "exception": described(error)}
+                self.tell(replace(self.status, **ended))  # type: ignore[arg-type]
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def _identity(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino
 
 
 def _create(folder: Path, rank: int) -> tuple[Path, int]:
@@ -130,7 +151,7 @@ class BlackBox:
 
     A file that somebody deletes is made anew with all it held, and one that is cut without. Where a folder cannot be written
     to the next is taken.
-    Forked workers never write.
+    A worker that is forked while there is a file never writes.
 
     Args:
         folders: where to, the best first; empty to write nothing.
@@ -142,7 +163,7 @@ class BlackBox:
         self._folders = tuple(folders)
         self._header = header
         self._durable = durable
-        self._pid = os.getpid()
+        self._pid = -1
         self._file: BoxFile | None = None
         self._finalizer: weakref.finalize[..., BlackBox] | None = None
         self._off = not folders
@@ -154,12 +175,12 @@ class BlackBox:
         return self._file.path if self._file else None
 
     @property
-    def number(self) -> int:
-        """The number of the row that comes next."""
-        return self._file.number if self._file else 0
+    def rows(self) -> int:
+        """The number of the row that comes next, as the ring counts them."""
+        return self._file.rows if self._file else 0
 
     def write(self, row: Row, number: int | None = None) -> None:
-        """Keep a row; of two with one number the last."""
+        """Keep a row; its number is the ring's, the next if it is not told."""
         self._try(lambda file: file.write(row, number))
         if self._file is not None and self._file.status.state != "running":  # somebody caught what ended it, and goes on
             self.tell(state="running", exception=None)
@@ -175,7 +196,7 @@ class BlackBox:
             self._try(lambda file: file.tell(replace(file.status, **news)))
 
     def _try(self, write: Callable[[BoxFile], None]) -> None:
-        if self._off or os.getpid() != self._pid:
+        if self._off or (self._file is not None and os.getpid() != self._pid):
             return
         try:
             if self._file is None or (lost := self._file.lost()) is None:
@@ -203,6 +224,7 @@ class BlackBox:
             self._off = True
             self._say("goes on without a black box")
         else:
+            self._pid = os.getpid()
             self._finalizer = weakref.finalize(self, BoxFile.end_with_the_process, self._file)
             if old is not None or self._file.path.parent != self._folders[0]:
                 self._say(f"writes its black box to {self._file.path}")
@@ -218,7 +240,8 @@ class BlackBox:
     def _let_go(self, file: BoxFile) -> None:
         if self._finalizer is not None:
             self._finalizer.detach()
-        file.close()
+        if file.lost() != "closed":
+            file.close()
 
     def _say(self, what: str, error: Exception | None = None) -> None:
         """Each text once: a folder may vanish at every step."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .._launch import installed_version
+from .._names import printable
 from ..errors import NobsError, reason
 from . import check, diff, export, plot, recover, show, watch
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where what goes wrong can still be said
     except NobsError as error:
-        print(f"nobs: {error}", file=sys.stderr)
+        print("nobs:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return 2
     except BrokenPipeError:  # `nobs show dump | head` has seen enough
         _silence_stdout()

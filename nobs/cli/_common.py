@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._load import find, load
+from .._find import find
+from .._load import load
 from .._names import ROOT, matching, nearest, printable
 from .._schema import Report
 from ..errors import BadSetting, UnknownLayer, explain, reason
@@ -21,7 +22,14 @@ USUAL = Path("crashes")
 def path_option(parser: argparse.ArgumentParser, name: str = "path") -> None:
     """What to read: a positional argument that may be left out."""
     about = f"a dump, a black box, or a folder: the newest in it (without: {USUAL})"
-    parser.add_argument(name, type=Path, nargs="?", default=USUAL, metavar="PATH", help=about)
+    parser.add_argument(name, type=given_path, nargs="?", default=USUAL, metavar="PATH", help=about)
+
+
+def given_path(text: str) -> Path:
+    """A path that somebody typed; not an empty one, which would mean the folder that one happens to be in."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
 
 
 def json_option(parser: argparse.ArgumentParser, what: str) -> None:
@@ -32,7 +40,7 @@ def json_option(parser: argparse.ArgumentParser, what: str) -> None:
 def output_options(parser: argparse.ArgumentParser, what: str, force: Sequence[str] = ("-f", "--force")) -> None:
     """-o and -f; or --force alone, for a command to which -f means something else."""
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"where to; without it {what}")
-    parser.add_argument(*force, action="store_true", help="write over what exists")
+    parser.add_argument(*force, action="store_true", help="write over what exists where -o says")
 
 
 def layer_option(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +87,8 @@ def output(options: argparse.Namespace, beside: Path, source: Path) -> Path:
     out: Path = options.output or beside
     if out == source or _same(out, source):
         raise BadSetting(explain("writing a file", f"{out}, which is what is read", "another name", "-o FILE"))
-    if options.output and not options.force and _exists(out):
+    ours = options.output is None and source.name.startswith("rank")  # beside a file of nobs it has the name of nobs
+    if not ours and not options.force and _exists(out):
         raise BadSetting(explain("writing a file", f"{out}, which exists", "a new name, or a word that it may go", "add --force"))
     return out
 

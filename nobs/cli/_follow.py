@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .._blackbox import OpenBox, Status
-from .._codec import SUFFIX
+from .._find import beside, dump_of
 from .._history import Row
-from .._load import dump_of
 from .._names import safe_text
 from .._order import execution_order
 from ..errors import UnreadableDump, explain
@@ -29,7 +28,6 @@ LOST_S = 5.0
 QUIET_S, QUIET_STEPS = 5.0, 10.0
 """Silent is a run of which nothing was heard for so many seconds, and so many times what a step took."""
 _RATED = 20
-_RANK = len("rank00000")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +66,7 @@ class Follower:
         self._rows: deque[_Seen] = deque(maxlen=box.header.capacity)
         self._last: Row | None = None
         self._number = 0
+        self._damaged = 0 if box.alive() else box.records()[1]  # of one that is written to, one may be torn just now
         self.look()
 
     def close(self) -> None:
@@ -125,7 +124,7 @@ class Follower:
     def _another(self) -> OpenBox | None:
         """The box beside it, of the same rank and recorder, that is not the one lost, and not older."""
         lost = self._box.header
-        for path in sorted(self.path.parent.glob(f"{self.path.name[:_RANK]}*{SUFFIX}"), reverse=True):
+        for path in sorted(beside(self.path), reverse=True):
             with suppress(UnreadableDump):  # not made yet, or only half
                 box = OpenBox(path)
                 same = (box.header.process, box.header.created, box.header.table) == (lost.process, lost.created, lost.table)
@@ -223,7 +222,9 @@ class Follower:
         compiled = "compiled" if header.run.get("compiled") else "eager"
         run = [safe_text(header.run.get(name, "?")) for name in ("device", "torch")]
         process = header.process
-        return (rank, f"pid {process.pid} on {process.host}", run[0], compiled, f"torch {run[1]}", f"nobs {header.nobs_version}")
+        damaged = [f"records damaged: {self._damaged}"] if self._damaged else []
+        known = (f"pid {process.pid} on {process.host}", run[0], compiled, f"torch {run[1]}", f"nobs {header.nobs_version}")
+        return (rank, *damaged, *known)
 
     def worst_site(self, layer: int, side: str) -> str:
         """The site that the worst layer's side is about, in the last row."""

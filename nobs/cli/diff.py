@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from .._codec import number
@@ -12,7 +11,7 @@ from .._difference import TOLERANCE, Difference, LayerDifference, Pair, Reading,
 from .._names import printable
 from .._schema import Report
 from ..errors import UnknownLayer
-from ._common import chosen, json_option, layer_option, opened, print_json
+from ._common import chosen, given_path, json_option, layer_option, opened, print_json
 
 EXAMPLES = """examples:
   nobs diff crashes/RUN1 crashes/RUN2            a crash against a healthy run
@@ -27,7 +26,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     """What may be typed."""
     for name in "ab":
         about = "a dump, a black box, or a folder: the newest in it"
-        parser.add_argument(name, type=Path, metavar=name.upper(), help=about)
+        parser.add_argument(name, type=given_path, metavar=name.upper(), help=about)
     layer_option(parser)
     about = f"two norms differ if by more than this share of the larger one (without: {TOLERANCE:g})"
     parser.add_argument("-t", "--tolerance", type=float, default=TOLERANCE, metavar="SHARE", help=about)

@@ -6,7 +6,9 @@ import argparse
 import sys
 
 from .. import _codec
-from .._load import dump_of, find_black_box, load
+from .._find import dump_of, find_black_box
+from .._load import is_black_box, load
+from .._names import printable
 from .._publish import write
 from ..errors import UnreadableDump, explain
 from ._common import json_option, path_option
@@ -26,21 +28,21 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the report that a crash could not write, from the black box: JSON and PNG beside it, and print it."""
     box = find_black_box(options.path)
-    if box is None:
-        raise UnreadableDump(
-            explain(f"reading {options.path}", "a folder without black boxes", "a run of nobs.Recorder", "nobs recover crashes")
-        )
+    if box is None or not is_black_box(box):
+        got = "a folder without black boxes" if box is None else "no black box"
+        raise UnreadableDump(explain(f"recovering {options.path}", got, "one of nobs.Recorder", "nobs show PATH, for a dump"))
     path = None if options.force else dump_of(box)
+    report = load(path or box)
     if path is not None:
-        report = load(path)
-        print(f"nobs: the report is there already: {path}; add --force for another", file=sys.stderr)
+        print(f"nobs: the report is there already: {printable(str(path))}; add --force for another", file=sys.stderr)
+    elif report.reason == "running" and not options.force:  # it would stand for the run when that has long gone on, or died
+        print("nobs: the run goes on, and nothing was written; add --force for a report of it as it stands", file=sys.stderr)
     else:
-        report = load(box)
-        path = write(report, box.parent)
+        path = write(report, box.parent, box.stem)
     if options.json:
         print(_codec.dumps(report), end="")
         return 0
     from ..render.terminal import print_report  # rich is not needed for --json
 
-    print_report(report, path)
+    print_report(report, path or box)
     return 0

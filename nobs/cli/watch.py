@@ -12,10 +12,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from .._codec import SUFFIX
-from .._load import find_black_box, load
+from .._find import find_black_box
+from .._load import load
 from .._names import printable
 from ..errors import UnreadableDump, explain
-from ._common import USUAL, json_option, print_json
+from ._common import USUAL, given_path, json_option, print_json
 from ._follow import Follower
 from ._news import json_end, json_line, plain_line
 from ._screen import draw, screen
@@ -42,7 +43,7 @@ WAIT_S, MADE_S = 0.5, 2.0
 def options(parser: argparse.ArgumentParser) -> None:
     """What may be typed."""
     about = f"a folder: the newest run in it, or the next to come; or a black box (without: {USUAL})"
-    parser.add_argument("path", type=Path, nargs="?", default=USUAL, metavar="DIR", help=about)
+    parser.add_argument("path", type=given_path, nargs="?", default=USUAL, metavar="DIR", help=about)
     about = "how often the black box is looked at (without: %(default)s)"
     parser.add_argument("-i", "--interval", type=_seconds, default=0.25, metavar="SECONDS", help=about)
     parser.add_argument("--once", action="store_true", help="print one picture, or with --json one line, and leave")
@@ -91,7 +92,8 @@ def _opened(path: Path, wait: bool) -> Follower:
         elif not wait:
             raise UnreadableDump(explain(f"watching {path}", "no black box", "one of nobs.Recorder", "nobs watch crashes"))
         elif not said:
-            print(f"nobs: waiting for a black box below {printable(str(path))} (Ctrl-C ends)", file=sys.stderr, flush=True)
+            there = "" if _exists(path) else ", which is not there yet"
+            print(f"nobs: waiting for a black box below {printable(str(path))}{there} (Ctrl-C ends)", file=sys.stderr, flush=True)
             said = True
         time.sleep(WAIT_S)
 

@@ -51,12 +51,16 @@ def content(report: Report) -> bytes:
         scalars=np.array([history.scalars[name] for name in names], dtype=np.float64).reshape(len(names), steps).T,
         given=np.array([history.given[name] for name in names], dtype=np.bool_).reshape(len(names), steps).T,
         batches=_texts(batch or "" for batch in history.batches or [None] * steps),
-        meta=_texts([json.dumps(facts(report), allow_nan=False)])[0],
+        meta=np.array(json.dumps(facts(report), allow_nan=False)),
     )
     return file.getvalue()
 
 
+_LONGEST = 1000
+"""Of a name; an array of text is as wide as its longest, and a stranger's may be a book."""
+
+
 def _texts(texts: Iterable[str]) -> NDArray[np.str_]:
     """An array of text, each NUL at an end escaped."""
-    kept = ((text, text.rstrip("\0")) for text in texts)
+    kept = ((text, text.rstrip("\0")) for text in (text[:_LONGEST] for text in texts))
     return np.array([stem + "\\x00" * (len(text) - len(stem)) for text, stem in kept], dtype=np.str_)

@@ -163,8 +163,8 @@ def trend(values: Floats, bad: NDArray[np.bool_], room: Room, glyphs: Glyphs) ->
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     with np.errstate(invalid="ignore", over="ignore"):
-        shares = np.nan_to_num((values - low) / max(high - low, 1e-9 * abs(high), 1e-300))
-    heights = np.clip(shares * len(glyphs.bars), 0, len(glyphs.bars) - 1).astype(int)
+        shares = np.clip(np.nan_to_num((values - low) / max(high - low, 1e-9 * abs(high), 1e-300)), 0, 1)
+    heights = np.minimum(shares * len(glyphs.bars), len(glyphs.bars) - 1).astype(int)
     text = Text(" " * (room.steps - len(values)) * room.cell)
     for value, height, is_bad in zip(values.tolist(), heights.tolist(), bad.tolist(), strict=True):
         character = glyphs.bad if is_bad else glyphs.absent if math.isnan(value) else glyphs.bars[height]

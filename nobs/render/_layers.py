@@ -53,8 +53,6 @@ def _spread(
         told.append(f" ({'' if i else 'step '}{steps[left.row]})")
     if len(out) > _story.FIRST_OUT:
         told.append(f" {glyphs.arrow} {len(out) - _story.FIRST_OUT} more by step {steps[out[-1][0].row]}")
-    elif len(out) == 1:
-        told.append("; no other layer followed")
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")

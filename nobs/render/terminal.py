@@ -28,11 +28,17 @@ from ._page import print_page
 
 _OF_A_BOX = ("killed", "unknown", "running", "ended")
 """Reasons of a report that nothing but a black box tells of."""
-_LOST = {"records_damaged": "records damaged", "scalars_left_out": "scalars without room"}
+_LOST = {
+    "failures_before": "failures before these steps",
+    "records_damaged": "records damaged",
+    "scalars_left_out": "scalars without room",
+}
 """What a black box may have lost."""
 
 _YEAR_10000_S = 253402300800.0
 """A time from then on is none that a calendar has."""
+
+_EXIT_CODES = "its exit code says how: 137 SIGKILL (ask dmesg for memory), 139 segfault"
 
 MOST_SCALARS = 8
 MOST_FINDINGS = 3
@@ -75,7 +81,7 @@ def _head(report: Report, glyphs: Glyphs) -> RenderableType:
     if report.reason in _OF_A_BOX and (last := _last(report)):
         lines.append(Text(last, style="dim"))
     if report.reason == "killed":
-        lines.append(Text("exit code 137: SIGKILL (no memory left? ask dmesg); 139: a segfault", style="dim", overflow="fold"))
+        lines.append(Text(_EXIT_CODES, style="dim", overflow="fold"))
     how = "training failed" if report.failure else "the run died" if report.reason == "killed" else "the run ended"
     title = f"nobs: {how if failed else 'recorded steps'}"
     return Panel(
@@ -142,7 +148,7 @@ def _footer(report: Report) -> RenderableType:
     run = {key: printable(safe_text(value)) for key, value in report.run.items()}
     compiled = "compiled" if report.run.get("compiled") else "eager"
     facts = [f"torch {run.get('torch', '?')}", run.get("device", "?"), compiled, f"{len(report.history)} steps kept"]
-    facts += [f"{report.run[key]} {what}" for key, what in _LOST.items() if key in report.run]
+    facts += [f"{what}: {printable(str(report.run[key]))}" for key, what in _LOST.items() if key in report.run]
     if report.world_size > 1:
         facts.append(f"rank {report.rank} of {report.world_size}")
     return Text(" " + " | ".join([f"nobs {printable(report.nobs_version)}", *facts]), style="dim", overflow="fold")

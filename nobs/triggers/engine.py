@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .._history import Row
@@ -74,7 +76,7 @@ class TriggerEngine:
                 pair = "a pair (state, nobs.Failure or None)"
                 raise BadSetting(explain(f"{name}.update(state, row)", repr(answer), pair, "return state, None"))
             self.states[i], failure = answer
-            first = first or failure
+            first = first or (failure and _of_python(failure, type(trigger).__name__))
         return first
 
     def state(self) -> list[tuple[str, Any]]:
@@ -111,6 +113,25 @@ DEFAULT = (
 
 SEVERAL = tuple(trigger for trigger in DEFAULT if not isinstance(trigger, LossCusum))
 """What it uses with several optimizers: the loss of one of several players goes where the others let it."""
+
+
+def _of_python(failure: Failure, name: str) -> Failure:
+    """The failure with numbers of Python, where a trigger of a user's has measured with NumPy or torch.
+
+    Raises:
+        BadSetting: a field is no number, or no text.
+    """
+    try:
+        value, threshold = (None if number is None else float(number) for number in (failure.value, failure.threshold))
+        known = replace(failure, step=operator.index(failure.step), value=value, threshold=threshold)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got, expected = f"{failure!r:.200} ({error})", "a whole step, and numbers or None for value and threshold"
+        raise BadSetting(explain(f"{name}.update(state, row)", got, expected, "nobs.Failure(name, row.step, message)")) from None
+    texts = (failure.trigger, failure.message, failure.layer or "", failure.site or "")
+    if not all(isinstance(text, str) for text in texts):
+        got = f"{failure!r:.200}"
+        raise BadSetting(explain(f"{name}.update(state, row)", got, "texts, or None for layer and site", "layer=tap.layer"))
+    return known
 
 
 def settings_of(trigger: object) -> tuple[str, dict[str, Any]]:
