@@ -82,12 +82,9 @@ def number(value: float | None) -> float | str | None:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _plain(report: Report) -> dict[str, Any]:
-    history = report.history
-    failure = report.failure
+def facts(report: Report) -> dict[str, Any]:
+    """What a report says besides its history, as JSON can hold it."""
     return {
-        "format": FORMAT,
-        "format_version": VERSION,
         "nobs_version": report.nobs_version,
         "created": report.created,
         "reason": report.reason,
@@ -95,8 +92,17 @@ def _plain(report: Report) -> dict[str, Any]:
         "rank": report.rank,
         "world_size": report.world_size,
         "run": dict(report.run),
-        "failure": failure and plain_failure(failure),
+        "failure": report.failure and plain_failure(report.failure),
         "findings": [vars(finding) for finding in report.findings],
+    }
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    history = report.history
+    return {
+        "format": FORMAT,
+        "format_version": VERSION,
+        **facts(report),
         "layers": [_layer(layer) for layer in history.layers],
         "steps": history.steps.tolist(),
         "times_s": history.times_s.tolist() if np.isfinite(history.times_s).all() else [],

@@ -95,3 +95,20 @@ def model():
     import nobs
 
     return nobs.instrument(Images())
+
+
+@pytest.fixture
+def often(request):
+    """How often: one number for `--endure`, and another."""
+    return lambda endure, sample: endure if request.config.getoption("endure") else sample
+
+
+@pytest.fixture
+def counted(record_property):
+    """A line of the table at the end."""
+
+    def note(survived, **counts):
+        record_property("survived", survived)
+        record_property("counts", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+
+    return note

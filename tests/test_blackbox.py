@@ -42,23 +42,6 @@ CAPACITY = 4
 UNICODE = "ünï→😀\ud800\u202e\x1b[2J"
 
 
-@pytest.fixture
-def often(request):
-    """How often: one number for `--endure`, and another."""
-    return lambda endure, sample: endure if request.config.getoption("endure") else sample
-
-
-@pytest.fixture
-def counted(record_property):
-    """A line of the table at the end."""
-
-    def note(survived, **counts):
-        record_property("survived", survived)
-        record_property("counts", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-
-    return note
-
-
 def header_of(**fields):
     """A header of a small run."""
     triggers = tuple(settings_of(trigger) for trigger in DEFAULT)

@@ -21,23 +21,6 @@ ROUND = CAPACITY + 5
 """Steps after which the ring has gone round."""
 
 
-@pytest.fixture
-def often(request):
-    """How often: one number for `--endure`, and another."""
-    return lambda endure, sample: endure if request.config.getoption("endure") else sample
-
-
-@pytest.fixture
-def counted(record_property):
-    """A line of the table at the end."""
-
-    def note(survived, **counts):
-        record_property("survived", survived)
-        record_property("counts", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-
-    return note
-
-
 def ran(here, program, code=0, longest_s=120):
     """Run a program to its end, which must be the expected one; what it wrote to stderr."""
     ended, err = server().run(here, program, longest_s)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .._codec import plain_failure
+from .._codec import facts
 from .._find import last_words
 from .._load import load
 from .._names import printable
@@ -56,14 +56,5 @@ def _line(file: Path, report: Report) -> str:
 
 
 def _plain(file: Path, report: Report) -> dict[str, Any]:
-    return {
-        "failed": report.failed,
-        "path": str(file),
-        "rank": report.rank,
-        "reason": report.reason,
-        "summary": report.summary(),
-        "exception": report.exception,
-        "failure": report.failure and plain_failure(report.failure),
-        "findings": [vars(finding) for finding in report.findings],
-        "records_damaged": report.run.get("records_damaged", 0),
-    }
+    damaged = report.run.get("records_damaged", 0)
+    return {"failed": report.failed, "path": str(file), "summary": report.summary(), "records_damaged": damaged, **facts(report)}

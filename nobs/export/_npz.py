@@ -27,9 +27,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from .._codec import facts
 from .._columns import COLUMNS
 from .._schema import Report
-from ._facts import facts
 
 
 def content(report: Report) -> bytes:

@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .._codec import number, plain_failure
+from .._codec import facts, number, plain_failure
 from .._columns import read
 from .._history import History, bad_counts
 from .._schema import Report
-from ._facts import facts
 from ._tracks import STEP_S, distinct, moments_s
 
 _THREAD = 1

@@ -15,6 +15,7 @@ from .._columns import Floats
 from .._difference import APART, Difference, LayerDifference, Reading, Spot
 from .._names import cells, printable, shortened
 from ._glyphs import Glyphs, figures, sparkline
+from ._page import empty_table
 
 MOST_LAYERS = 16
 FIRST = 4
@@ -152,12 +153,4 @@ def _empty_table(difference: Difference, columns: Collection[str], glyphs: Glyph
     if numbers := [title for title in ("factor", "A", "B") if title in columns]:
         notes.append(f"{', '.join(numbers)}: where the layer's norms differ most")
     notes.append(f"{glyphs.bad} NaN or Inf in one run")
-    return Table(
-        title=Text("layers in execution order: how far the norms differ, on a log scale", style="dim"),
-        title_justify="left",
-        caption=Text("; ".join(notes), style="dim"),
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    return empty_table("layers in execution order: how far the norms differ, on a log scale", notes)

@@ -16,6 +16,7 @@ from .._columns import Floats
 from .._names import cells, shortened
 from . import _story
 from ._glyphs import Glyphs, figures, sparkline
+from ._page import empty_table
 
 MOST_LAYERS = 16
 LEGIBLE = 8  # characters of a sparkline
@@ -93,15 +94,7 @@ def _empty_table(steps: NDArray[np.int64], room: _Room, glyphs: Glyphs) -> Table
     title = f"layers in execution order, steps {steps[0]} to {steps[-1]}: norms on a log scale"
     notes = ["since: output or gradient out of its usual range"] if room.since else []
     notes += ["gradient: the largest of the layer's parameters", f"{glyphs.bad} NaN or Inf", f"{glyphs.absent} not recorded"]
-    table = Table(
-        title=Text(title, style="dim"),
-        title_justify="left",
-        caption=Text("; ".join(notes), style="dim"),
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    table = empty_table(title, notes)
     table.add_column("", width=1, min_width=1, no_wrap=True)
     table.add_column("layer", width=room.name, no_wrap=True)
     if room.type:

@@ -6,10 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from ._glyphs import Glyphs, that_fit
 
 NARROWEST = 10
+
+
+def empty_table(title: str, notes: Sequence[str]) -> Table:
+    """A table without columns yet or lines around it, with a title above and notes below."""
+    return Table(
+        title=Text(title, style="dim"),
+        title_justify="left",
+        caption=Text("; ".join(notes), style="dim"),
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
 
 
 def print_page(
