@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -521,7 +522,9 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
         command = [sys.executable, "-m", "nobs", "watch", str(folder), "-i", "0.05"]
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        # A shell has its background jobs ignore Ctrl-C, and what they start would inherit that.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=heed, **streams)
 
     def resize(self, width, height):
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))

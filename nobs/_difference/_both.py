@@ -186,7 +186,8 @@ class Both:
         return Spot(history.table.taps[line].site, int(history.steps[row]), a, b, float(self.ratios[row, line]))
 
     def _reading(self, side: int, row: int, line: int) -> Reading | None:
-        count = float(STATISTICS["nonfinite"](self.values[side, row, line]))
+        with np.errstate(invalid="ignore", over="ignore"):  # a dump may hold any floats
+            count = float(STATISTICS["nonfinite"](self.values[side, row, line]))
         known = int(count) if np.isfinite(count) else 0  # a dump may hold any floats
         return Reading(float(self.norms[side, row, line]), known) if self.ran[side, row, line] else None
 
