@@ -117,8 +117,7 @@ def _plain(report: Report) -> dict[str, Any]:
 
 def plain_failure(failure: Failure) -> dict[str, Any]:
     """A failure as JSON can hold it."""
-    of_python = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(failure).items()}
-    return {**of_python, "value": number(of_python["value"]), "threshold": number(of_python["threshold"])}
+    return {**vars(failure), "value": number(failure.value), "threshold": number(failure.threshold)}
 
 
 def _layer(layer: Layer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ._blackbox import OpenBox
@@ -37,30 +38,17 @@ def last_words(path: Path) -> list[Path]:
     Raises:
         UnreadableDump: a folder without dumps and black boxes.
     """
-    try:
-        news_s = _news(_dumps(path) + _boxes(path)) if path.is_dir() else {path: 0.0}
-    except (OSError, ValueError) as error:
-        raise no_file(path, reason(error)) from None
+    news_s = _newest_run(path, lambda folder: _dumps(folder) + _boxes(folder))
     if not news_s:
         raise no_file(path, "a folder without dumps and black boxes")
-    run = _run_of(_newest(news_s))
-    latest: dict[str, Path] = {}
-    for file in sorted(news_s, key=lambda file: (news_s[file], str(file))):
-        if _run_of(file) == run:
-            latest[file.name[:_RANK]] = file
+    latest = {file.name[:_RANK]: file for file in sorted(news_s, key=lambda file: (news_s[file], str(file)))}
     return [latest[rank] for rank in sorted(latest)]
 
 
 def find_black_box(path: Path) -> Path | None:
     """The black box that a path means: the file itself, or of a folder the lowest rank's of the newest run; None without any."""
-    try:
-        news_s = _news(_boxes(path)) if path.is_dir() else {path: 0.0}
-    except (OSError, ValueError) as error:
-        raise no_file(path, reason(error)) from None
-    if not news_s:
-        return None
-    run = _run_of(_newest(news_s))
-    return min((file for file in news_s if _run_of(file) == run), key=lambda file: (file.name[:_RANK], -news_s[file]))
+    news_s = _newest_run(path, _boxes)
+    return min(news_s, key=lambda file: (file.name[:_RANK], -news_s[file]), default=None)
 
 
 def beside(box: Path) -> list[Path]:
@@ -86,8 +74,16 @@ def _run_of(file: Path) -> Path:
     return file.parent.parent if file.suffix != SUFFIX and file.parent.name.startswith("step") else file.parent
 
 
-def _newest(news_s: dict[Path, float]) -> Path:
-    return max(news_s, key=lambda file: (news_s[file], str(file)))
+def _newest_run(path: Path, files_in: Callable[[Path], list[Path]]) -> dict[Path, float]:
+    """As of when each file of the newest run in a folder is; a file itself, and its time is of no matter."""
+    try:
+        news_s = _news(files_in(path)) if path.is_dir() else {path: 0.0}
+    except (OSError, ValueError) as error:
+        raise no_file(path, reason(error)) from None
+    if not news_s:
+        return {}
+    run = _run_of(max(news_s, key=lambda file: (news_s[file], str(file))))
+    return {file: time_s for file, time_s in news_s.items() if _run_of(file) == run}
 
 
 def _boxes(folder: Path) -> list[Path]:

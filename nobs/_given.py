@@ -13,7 +13,8 @@ from ._names import safe_text
 from .errors import BadLoss, explain
 
 _MOST_INDICES = 100
-"""Of a tensor that names a batch, so many elements are kept."""
+"""Of a batch that names itself so many elements are looked at; more do not fit into its text."""
+_NUMBERS = frozenset({int, float, bool})
 
 
 def batch_name(batch: object) -> object:
@@ -24,6 +25,10 @@ def batch_name(batch: object) -> object:
     if isinstance(batch, Tensor) and batch.layout is torch.strided and not batch.is_nested:
         first = _first(batch.detach())
         return safe_text(first.tolist()) if first.device.type == "cpu" else first.clone()
+    if type(batch) in (list, tuple):
+        first_items = batch[:_MOST_INDICES]  # type: ignore[index]
+        if _NUMBERS.issuperset(map(type, first_items)):  # as a rule; the long way takes ten times as long
+            return safe_text(first_items)
     return batch if batch is None else safe_text(batch if isinstance(batch, str) else _SHORT.repr(batch))
 
 

@@ -172,9 +172,7 @@ class History:
         """The layers in execution order; those that never ran come last, in the order of registration."""
         if not len(self.table):
             return ()
-        groups: dict[str, list[int]] = {}
-        for line, tap in enumerate(self.table.taps):
-            groups.setdefault(tap.layer, []).append(line)
+        groups = self.table.of_layer
         names = list(groups)
         order = [names[i] for i in execution_order(np.stack([self._first_runs(lines) for lines in groups.values()], axis=1))]
         never = [name for name in names if name not in set(order)]

@@ -42,6 +42,14 @@ class TapTable:
         return {(tap.layer, tap.site): i for i, tap in enumerate(self.taps)}
 
     @cached_property
+    def of_layer(self) -> Mapping[str, list[int]]:
+        """layer -> its lines, ascending; layers in the order of registration."""
+        lines: dict[str, list[int]] = {}
+        for line, tap in enumerate(self.taps):
+            lines.setdefault(tap.layer, []).append(line)
+        return lines
+
+    @cached_property
     def of_kind(self) -> Mapping[str, NDArray[np.intp]]:
         """kind -> the lines of that kind, ascending."""
         return {kind: np.array([i for i, t in enumerate(self.taps) if t.kind == kind], dtype=np.intp) for kind in KINDS}

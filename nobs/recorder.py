@@ -274,7 +274,7 @@ class Recorder:
                 self.flush()
             elif not isinstance(error, TrainingFailure) and not _is_clean_exit(error):
                 self._box.tell(**ended)  # first: the dump may find no room
-                self._dump_escaped(error)
+                self._dump_escaped(ended["exception"])
         except TrainingFailure as failure:
             ended = {"state": "failed"}
             if self._on_failure != "stop":
@@ -285,14 +285,14 @@ class Recorder:
         return isinstance(error, TrainingFailure) and error.report is self.report and self._on_failure == "stop"
 
     @_never_fatal
-    def _dump_escaped(self, error: BaseException) -> None:
+    def _dump_escaped(self, exception: str) -> None:
         """Dump what led to an exception, the half step that it ended included: its forward ran, and tells the most."""
         try:
             if float(self._ring.row.clock) > 0:  # waits for the device; the run is over
                 self._ring.close_step(self._step, self._update.take())
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
-        self._report("exception", exception=described(error))
+        self._report("exception", exception=exception)
 
     @_never_fatal
     def _dump_signal(self) -> None:

@@ -141,8 +141,7 @@ class OpenBox:
         intact, damaged = [], 0
         for place in range(there):
             raw = self.at(place)
-            record = decode_record(raw, self.layout, self.header.table)
-            if record is not None and record.number > 0 and (record.number - 1) % self.layout.places == place:
+            if (record := self._intact(raw, place)) is not None:
                 intact.append(record)
             elif len(raw) == self.layout.record_bytes and not is_blank(raw):
                 damaged += 1
@@ -160,13 +159,13 @@ class OpenBox:
 
     def last_time_s(self) -> float | None:
         """When the last intact record was made, in Unix time; reads little but the records' beginnings."""
-        found = (self._intact(self._place_of(number)) for number in reversed(self._claimed()))
+        found = (self._intact_of(number) for number in reversed(self._claimed()))
         return next((record.row.time_s for record in found if record is not None), None)
 
     def since(self, number: int) -> list[Record]:
         """The records behind that of a number, the oldest first; reads little else than their beginnings."""
         # Whatever stands there by now: a fast writer may have gone round since.
-        found = (self._intact(self._place_of(claimed)) for claimed in self._claimed() if claimed > number)
+        found = (self._intact_of(claimed) for claimed in self._claimed() if claimed > number)
         fresh = {record.number: record for record in found if record is not None and record.number > number}
         return [fresh[n] for n in sorted(fresh)]
 
@@ -178,9 +177,14 @@ class OpenBox:
     def _place_of(self, number: int) -> int:
         return (number - 1) % self.layout.places
 
-    def _intact(self, place: int) -> Record | None:
-        record = decode_record(self.at(place), self.layout, self.header.table)
+    def _intact(self, raw: bytes, place: int) -> Record | None:
+        """The record in the bytes of a place, if it is one, and belongs there."""
+        record = decode_record(raw, self.layout, self.header.table)
         return record if record is not None and record.number > 0 and self._place_of(record.number) == place else None
+
+    def _intact_of(self, number: int) -> Record | None:
+        """Whatever stands where that number stood."""
+        return self._intact(self.at(self._place_of(number)), self._place_of(number))
 
     def alive(self) -> bool | None:
         """Whether the process that writes it still runs; None where nobody can tell from here."""

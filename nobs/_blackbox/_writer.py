@@ -199,10 +199,8 @@ class BlackBox:
         if self._off or (self._file is not None and os.getpid() != self._pid):
             return
         try:
-            if self._file is None or (lost := self._file.lost()) is None:
-                file = self._file or self._made(None, None)
-            else:
-                file = self._made(self._file, lost)
+            lost = None if self._file is None else self._file.lost()
+            file = self._made(self._file, lost) if self._file is None or lost else self._file
             if file is not None:
                 write(file)
         except OSError as error:  # of a disk that is full just now; the next row may find room

@@ -96,19 +96,11 @@ class Both:
             ratios = np.where(low == high, 1.0, high / low)
         return np.where(self.one_bad, np.inf, np.where(self.bad.any(axis=0) | self.rounding(ROUNDING), np.nan, ratios))
 
-    @cached_property
-    def lines(self) -> dict[str, list[int]]:
-        """layer -> the lines of its sites."""
-        lines: dict[str, list[int]] = {}
-        for line, tap in enumerate(self.case.history.table.taps):
-            lines.setdefault(tap.layer, []).append(line)
-        return lines
-
     def rounding(self, share: float) -> Bools:
         """[T, sites]: gradients of parameters that in each run are below a share of the largest one of their layer."""
         table = self.case.history.table
         largest = np.zeros_like(self.norms)
-        for lines in self.lines.values():
+        for lines in table.of_layer.values():
             of_layer = [line for line in lines if table.taps[line].kind == PARAMETER_GRAD]
             largest[..., of_layer] = np.fmax.reduce(self.norms[..., of_layer], axis=-1, keepdims=True, initial=0.0)
         with np.errstate(invalid="ignore"):
@@ -165,7 +157,7 @@ class Both:
 
     def layer(self, name: str, parts: Turn | None, leaves: Turn | None) -> LayerDifference:
         """All that there is to say of a layer."""
-        lines = self.lines[name]
+        lines = self.case.history.table.of_layer[name]
         ratios = np.where(np.isnan(self.ratios[:, lines]), -1.0, self.ratios[:, lines])
         row, line = divmod(int(ratios.argmax()), len(lines))
         return LayerDifference(

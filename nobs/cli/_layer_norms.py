@@ -60,23 +60,16 @@ class LayerLines:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The layers in the order of registration."""
-        return tuple(self._by_layer)
+        return tuple(self.table.of_layer)
 
     @cached_property
     def types(self) -> tuple[str, ...]:
         """What the layers are."""
-        return tuple(self.table.taps[lines[0]].layer_type for lines in self._by_layer.values())
-
-    @cached_property
-    def _by_layer(self) -> Mapping[str, list[int]]:
-        groups: dict[str, list[int]] = {}
-        for line, tap in enumerate(self.table.taps):
-            groups.setdefault(tap.layer, []).append(line)
-        return groups
+        return tuple(self.table.taps[lines[0]].layer_type for lines in self.table.of_layer.values())
 
     def of_kinds(self, layer: str, kinds: Sequence[str]) -> list[int]:
         """The lines of a layer that are of some kinds."""
-        return [line for line in self._by_layer[layer] if self.table.taps[line].kind in kinds]
+        return [line for line in self.table.of_layer[layer] if self.table.taps[line].kind in kinds]
 
     @cached_property
     def _norms(self) -> Mapping[str, _Groups]:
