@@ -15,59 +15,19 @@ parameter, if it was written to since.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
-from . import _stats
+from . import _kernels, _stats
 from ._columns import TRAINED
+from ._kernels import Reading
 from ._onlookers import readable, unseen
 from ._row import FIRST_TAP_LINE, LiveRow
-
-
-class _Watched:
-    """A parameter, found by its layer and name and held weakly: the model is free to die, and to replace it.
-
-    Attributes:
-        line: of its value in the row; its gradient's is the next.
-        blanks: since which blanking of the row the last gradient was read.
-        gone: its gradient was once gone at the end of a backward, where it is read otherwise: an optimizer in the backward.
-        version: how often the parameter had been written to at that reading.
-        used: an optimizer has said that it used that reading.
-        told: there is an optimizer that says so.
-        floor: what the step's updates so far have used; None before the first.
-        valued: since which blanking of the row the value was read.
-    """
-
-    __slots__ = ("blanks", "floor", "gone", "handle", "layer", "line", "name", "told", "used", "valued", "version")
-
-    def __init__(self, layer: nn.Module, name: str, line: int) -> None:
-        self.layer, self.name, self.line = weakref.ref(layer), name, line
-        self.handle: RemovableHandle | None = None
-        self.blanks = self.valued = -1
-        self.version = 0
-        self.floor: Tensor | None = None
-        self.used = self.told = self.gone = False
-
-    def held(self) -> Tensor | None:
-        """The parameter that the layer has by this name now."""
-        layer = self.layer()
-        return None if layer is None else layer._parameters.get(self.name)
-
-    def now(self) -> Tensor | None:
-        """The same, if it has memory: a lazy one has none until its layer has run."""
-        parameter = self.held()
-        return None if parameter is None or is_lazy(parameter) else parameter
-
-    def updated(self, parameter: Tensor) -> bool:
-        """Whether an update has used the last reading."""
-        return self.used or (not self.told and _version(parameter) != self.version)
+from ._watched import Watched, version_of
 
 
 class GradientWatch:
@@ -76,10 +36,10 @@ class GradientWatch:
     def __init__(self, row: LiveRow, parameters: list[tuple[nn.Module, str, int]]) -> None:
         """Watch parameters, given as layer, own name, and line in the table; the gradient's line is the next."""
         self._row = row
-        self._watched = [_Watched(layer, name, FIRST_TAP_LINE + tap) for layer, name, tap in parameters]
-        self._touched: dict[int, tuple[int, list[_Watched]]] = {}
-        self._passing: list[_Watched] = []
-        self._unsettled: list[_Watched] = []
+        self._watched = [Watched(layer, name, FIRST_TAP_LINE + tap) for layer, name, tap in parameters]
+        self._touched: dict[int, tuple[int, list[Watched]]] = {}
+        self._passing: list[Watched] = []
+        self._unsettled: list[Watched] = []
         self._read_since = -1
         # Of several threads that run backward the last to read has the whole gradient: it must also be the last to write.
         self._writing = threading.RLock()
@@ -95,7 +55,7 @@ class GradientWatch:
                     hooks: Any = parameter._post_accumulate_grad_hooks
                     parameter._post_accumulate_grad_hooks = hooks
 
-    def _hook(self, watched: _Watched, parameter: Tensor) -> bool:
+    def _hook(self, watched: Watched, parameter: Tensor) -> bool:
         """Whether the parameter had no hook, and has one now."""
         if not parameter.requires_grad:
             return False
@@ -134,7 +94,7 @@ class GradientWatch:
     # Inside a compiled training step backward runs under Dynamo's eyes, which has nothing to compile in these two.
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _arm(self, watched: _Watched, parameter: Tensor) -> None:
+    def _arm(self, watched: Watched, parameter: Tensor) -> None:
         """One call per parameter and backward: note it, and ask for one callback per backward.
 
         The engine numbers its backwards, and nested ones (reentrant checkpointing) have numbers of their own.
@@ -178,27 +138,32 @@ class GradientWatch:
         except Exception as error:
             self._row.give_up(error)
 
-    def _write(self, touched: list[_Watched]) -> None:
+    def _write(self, touched: list[Watched]) -> None:
         for watched in self._passing:  # a hook behind ours took the gradient away: it was an optimizer
             watched.used = getattr(watched.now(), "grad", None) is None
         self._passing.clear()
         self._note_updates()
-        for watched in touched:
-            parameter = watched.now()
-            if parameter is not None:
-                watched.gone = parameter.grad is None
-                self._write_gradient(watched, parameter)
+        readings: list[Reading] = []
+        reached = set(map(id, touched))
         for watched in self._watched:  # those without a gradient in this backward too
             parameter = watched.now()
-            if parameter is not None:
-                if not watched.gone:  # else it is updated by now
-                    self._write_value(watched, parameter)
-                if self._hook(watched, parameter):  # unfrozen since, or put in place of another
-                    self._write_gradient(watched, parameter)
+            if parameter is None:
+                continue
+            if id(watched) in reached:
+                watched.gone = parameter.grad is None
+                self._read_gradient(watched, parameter, readings)
+            elif self._hook(watched, parameter):  # unfrozen since, or put in place of another
+                self._read_gradient(watched, parameter, readings)
+            if not watched.gone and watched.valued != self._row.blanks:  # else it is updated by now
+                self._read_value(watched, parameter, readings)
+        _kernels.fold_all(self._row.values, readings)
 
-    def _write_now(self, watched: _Watched, parameter: Tensor) -> None:
-        self._write_gradient(watched, parameter)
-        self._write_value(watched, parameter)
+    def _write_now(self, watched: Watched, parameter: Tensor) -> None:
+        readings: list[Reading] = []
+        self._read_gradient(watched, parameter, readings)
+        if watched.valued != self._row.blanks:
+            self._read_value(watched, parameter, readings)
+        _kernels.fold_all(self._row.values, readings)
         self._passing.append(watched)
 
     def _note_updates(self) -> None:
@@ -213,19 +178,22 @@ class GradientWatch:
                 watched.used, watched.told = watched.used or name in updated, name in told
         self._read_since = self._row.blanks
 
-    def _write_gradient(self, watched: _Watched, parameter: Tensor) -> None:
-        if parameter.grad is None:
+    def _read_gradient(self, watched: Watched, parameter: Tensor, readings: list[Reading]) -> None:
+        gradient = parameter.grad
+        if gradient is None:
             return
-        line = self._row.values[watched.line + 1]
-        if watched.blanks != self._row.blanks:
+        line, blanks = watched.line + 1, self._row.blanks
+        if watched.blanks != blanks:
             watched.floor = None
         elif watched.updated(parameter):
-            watched.floor = line.clone()
+            watched.floor = self._row.values[line].clone()
             self._unsettled.append(watched)
-        watched.blanks, watched.version, watched.used = self._row.blanks, _version(parameter), False
-        measured = _measured(parameter.grad)
-        if measured is not None:
-            line.copy_(measured if watched.floor is None else torch.maximum(watched.floor, measured))
+        watched.blanks, watched.version, watched.used = blanks, version_of(parameter), False
+        tensor = _measurable(gradient)
+        if tensor is not None:
+            if watched.floor is not None:  # a later backward of the same update has overwritten it
+                self._row.values[line].copy_(watched.floor)
+            readings.append((tensor, line, 1.0, watched.floor is None))
 
     def settle(self) -> None:
         """Take back the readings that came behind an update and led to none; before the row is sent."""
@@ -240,23 +208,19 @@ class GradientWatch:
                 self._row.values[watched.line + 1].copy_(watched.floor)
         self._unsettled.clear()
 
-    def _write_value(self, watched: _Watched, parameter: Tensor) -> None:
-        if watched.valued != self._row.blanks:
-            watched.valued = self._row.blanks
-            measured = _measured(parameter, TRAINED if parameter.requires_grad else 1)
-            if measured is not None:
-                self._row.values[watched.line].copy_(measured)
+    def _read_value(self, watched: Watched, parameter: Tensor, readings: list[Reading]) -> None:
+        watched.valued = self._row.blanks
+        tensor = _measurable(parameter)
+        if tensor is not None:
+            readings.append((tensor, watched.line, TRAINED if parameter.requires_grad else 1.0, True))
 
 
 def _parameters_of(optimizers: list[torch.optim.Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _measured(tensor: Tensor, first: int = 1) -> Tensor | None:
+def _measurable(tensor: Tensor) -> Tensor | None:
+    """What there is to measure of a parameter or a gradient."""
     if tensor.layout == torch.sparse_coo:  # Embedding(sparse=True): the rows that were looked up
         tensor = tensor.coalesce().values()
-    return _stats.measure(tensor, first) if readable(tensor) and _stats.measurable(tensor) else None
+    return tensor if readable(tensor) and _stats.measurable(tensor) else None

@@ -7,15 +7,14 @@ not the user's, so they run unseen; and tensors that stand for others (a tracer'
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
-_BATCHED = torch._C.DispatchKey.FuncTorchBatched
-_BATCHED_ONCE: Any = torch._C._parse_dispatch_key("Batched")
+_batched = torch._C._functorch.is_batchedtensor
+_batched_once = torch._C._functorch.is_legacy_batchedtensor
 """Of torch.vmap, and of the older one behind `is_grads_batched=True`."""
 
 _PLAIN = torch._C._disabled_torch_dispatch_impl
@@ -40,8 +39,7 @@ def readable(x: Tensor) -> bool:
     """Whether an eager tensor has values of its own: not a fake one, a wrapper around others, or a whole batch of gradients."""
     if x.is_meta or type(x).__torch_dispatch__ is not _PLAIN:  # a fake tensor's is of its own
         return False
-    keys = torch._C._dispatch_keys(x)
-    return not (keys.has(_BATCHED) or keys.has(_BATCHED_ONCE))
+    return not (_batched(x) or _batched_once(x))
 
 
 def unseen() -> AbstractContextManager[object]:

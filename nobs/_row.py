@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from . import _stats
+from . import _kernels, _stats
 from ._columns import COLUMNS
 from ._layers import device_of, named_modules
 from ._table import TapTable
@@ -84,6 +84,7 @@ class LiveRow:
 
     @torch.inference_mode(False)  # wherever it is called: outside of it nobody could write to the row
     def _allocate(self, device: torch.device) -> None:
+        _kernels.prepare(device)
         self.values = _stats.blank(FIRST_TAP_LINE + len(self.table), device)
         self.values[:FIRST_TAP_LINE] = 0
         self._blank = self.values.clone()
@@ -178,8 +179,7 @@ class LiveRow:
         Writes through the row and not through the slots: their version counters stay, so a graph that saved a slot for a
         backward that is still to come (torch 2.7 to 2.10 checks) does not complain.
         """
-        with torch.no_grad():  # never part of the user's graph
-            self.values.copy_(self._blank)
+        self.values.copy_(self._blank)
         self.written_scalars.clear()
         self.stepped.clear()
         self.blanks += 1
@@ -187,8 +187,7 @@ class LiveRow:
     def settle(self) -> None:
         """Nothing more runs in this step: make the readings final."""
         if self.watch is not None:
-            with torch.no_grad():
-                self.watch.settle()
+            self.watch.settle()
 
     def pause(self, paused: bool) -> None:
         """Stop the taps until further notice, or take one such word back; pauses nest."""

@@ -59,8 +59,9 @@ def decode(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def measurable(x: Tensor) -> bool:
     """Whether a tensor has a norm: strided, floating or complex, of at least 16 bits (float8 has no arithmetic)."""
-    strided = x.layout == torch.strided and not x.is_nested
-    return strided and (x.is_floating_point() or x.is_complex()) and x.dtype.itemsize > 1
+    dtype = x.dtype
+    number = (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+    return number and x.layout == torch.strided and not x.is_nested
 
 
 def measure(x: Tensor, clock: Tensor | float = 1) -> Tensor:
@@ -73,6 +74,7 @@ def measure(x: Tensor, clock: Tensor | float = 1) -> Tensor:
     Cost: about one read of `x`. Eager on CPU reads it three times; elsewhere no host sync.
     """
     x = x.detach()  # the line is a reading: no gradient may flow through it, nor keep the graph alive
+    x = x.clone() if x._is_zerotensor() else x  # zeros by agreement, without memory
     if x.device.type != "cpu":
         return measure_in_graph(x, clock)
     ran = -_dtype_code(x) - float(clock)
@@ -95,9 +97,14 @@ def fold(line: Tensor, measured: Tensor) -> None:
     line.copy_(torch.maximum(line, measured))
 
 
+def code_of(dtype: torch.dtype) -> int:
+    """The place of a dtype in DTYPES; 0 for any that is not there."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPES.index(name) if name in DTYPES else 0
+
+
 def _dtype_code(x: Tensor) -> float:
-    name = str(x.dtype).removeprefix("torch.")
-    return (DTYPES.index(name) if name in DTYPES else 0) / 16
+    return code_of(x.dtype) / 16
 
 
 def _real(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -24,12 +23,9 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
-from . import _stats
+from . import _kernels, _stats
 from ._onlookers import no_training, no_training_eagerly, readable, unseen
 from ._row import LiveRow
-
-_FOLDING = threading.Lock()
-"""A fold reads and writes: of two threads that run one model, neither may overwrite what the other has just folded in."""
 
 
 def tap_in_graph(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> None:
@@ -50,30 +46,29 @@ def tap_eagerly(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> None
     try:
         with torch._C.DisableTorchFunctionSubclass():  # a tensor type of the user's may answer as it likes
             for x in _tensors_in(output, []):
-                _fold_now(row, x, slot, row.clock)
+                if readable(x):
+                    with unseen():
+                        _kernels.fold(x, slot, row.clock)
                 inputs = _tensors_in(given, []) if x._is_view() else []
-                _on_gradient(x, inputs, partial(_fold_now, row, slot=grad_slot))
+                _on_gradient(x, inputs, partial(_fold_gradient_unseen, row, grad_slot))
     except Exception as error:
         row.give_up(error)
 
 
-@torch._dynamo.disable  # type: ignore[untyped-decorator]  # in a loop whose graph broke Dynamo would compile this as well
-def _fold_now(row: LiveRow, x: Tensor, slot: Tensor, clock: Tensor | None = None) -> None:
-    """Fold the line of a tensor into a slot. An error of nobs must never end a run: recording stops, and is said once."""
+def _fold_gradient(row: LiveRow, slot: Tensor, gradient: Tensor) -> None:
+    """Fold the line of a gradient into its slot. An error of nobs must never end a run: recording stops, and is said once."""
     if not row.recording:  # the backward of a recorded forward, but inside `paused()`
         return
     try:
-        if not (readable(x) and _stats.measurable(x)):  # a gradient may be of another kind than its tensor
-            return
-        with unseen():
-            if clock is not None:
-                with _FOLDING:
-                    clock = clock.add_(1).clone()
-            measured = _stats.measure(x, 1 if clock is None else clock)
-            with _FOLDING:
-                _stats.fold(slot, measured)
+        if readable(gradient) and _stats.measurable(gradient):  # it may be of another kind than its tensor
+            with unseen():
+                _kernels.fold(gradient, slot)
     except Exception as error:
         row.give_up(error)
+
+
+_fold_gradient_unseen = torch._dynamo.disable(_fold_gradient)  # type: ignore[no-untyped-call]
+"""As a hook; in a loop whose graph broke Dynamo would compile it as well."""
 
 
 def _fold_in_graph(x: Tensor, given: list[Tensor], slot: Tensor, grad_slot: Tensor, clock: Tensor) -> None:
@@ -86,16 +81,25 @@ def _fold_in_graph(x: Tensor, given: list[Tensor], slot: Tensor, grad_slot: Tens
     # The device's own count of taps gives the order of execution, under compile too. In place: one clock a model. Without
     # gradients, as a write to the user's own buffer would be: the graph has no more to return than without nobs.
     with torch.no_grad():
-        clock.add_(1)
-        _stats.fold(slot, _stats.measure_in_graph(x, clock))
+        _fold_traced(x, slot, clock)
     _save_unchecked(grad_slot)
 
     def fold(grad: Tensor) -> None:
         # No clock here: its count would not depend on the gradient, and the partitioner would move it into the forward.
         with torch.no_grad():
-            _stats.fold(grad_slot, _stats.measure_in_graph(grad))
+            _fold_traced(grad, grad_slot, None)
 
     _on_gradient(x, given, fold)
+
+
+def _fold_traced(x: Tensor, slot: Tensor, clock: Tensor | None) -> None:
+    """The kernel of the device, as one operator of the graph; where there is none, its arithmetic."""
+    if _kernels.one_operator(x):
+        _FOLD(x.detach(), slot, clock)
+        return
+    if clock is not None:
+        clock.add_(1)
+    _stats.fold(slot, _stats.measure_in_graph(x, 1 if clock is None else clock))
 
 
 def _on_gradient(x: Tensor, given: list[Tensor], fold: Callable[[Tensor], None]) -> None:
@@ -178,7 +182,9 @@ def _parts(output: Any) -> Iterable[Any]:
 def _fingerprint() -> str:
     """Of what the operator does. torch keeps compiled code on disk by the operator's name, and cannot look into it."""
     try:
-        return f"{zlib.crc32(''.join(inspect.getsource(part) for part in (sys.modules[__name__], _stats)).encode()):08x}"
+        return (
+            f"{zlib.crc32(''.join(inspect.getsource(part) for part in (sys.modules[__name__], _stats, _kernels)).encode()):08x}"
+        )
     except OSError:  # no source beside the code
         return "0"
 
@@ -188,3 +194,8 @@ _LIBRARY = torch.library.Library("nobs", "FRAGMENT")  # type: ignore[no-untyped-
 _LIBRARY.define(f"{_NAME}(Tensor x, Tensor[] given, Tensor(a!) slot, Tensor(b!) grad_slot, Tensor(c!) clock) -> ()")  # type: ignore[no-untyped-call]
 _LIBRARY.impl(_NAME, _fold_in_graph, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 _TAP = getattr(torch.ops.nobs, _NAME).default
+
+_LIBRARY.define("fold(Tensor x, Tensor(a!) slot, Tensor(b!)? clock) -> ()", tags=(torch.Tag.flexible_layout,))  # type: ignore[no-untyped-call]
+_LIBRARY.impl("fold", _kernels.fold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("nobs::fold", lambda x, slot, clock: None, lib=_LIBRARY)
+_FOLD = torch.ops.nobs.fold.default

@@ -277,6 +277,7 @@ def test_a_ring_says_once_that_recording_has_stopped(model):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: events and pinned memory are not seen on a CPU")
 def test_pinned_rows_arrive_without_a_sync():
     """On CUDA `add` and `drain` run under the error mode for synchronising calls, and the rows are right."""

@@ -1,4 +1,4 @@
-"""One tensor in, one line out: against NumPy in float64, on both paths, for every dtype, shape and value."""
+"""One tensor in, one line out: against NumPy in float64, on all paths, for every dtype, shape and value."""
 
 import math
 
@@ -11,6 +11,7 @@ from twin import reference
 
 from nobs import _stats
 from nobs._columns import COLUMNS, DTYPES, read
+from nobs._kernels import _cpu
 
 NAMES = ("norm", "absmax", "nan", "posinf", "neginf", "zeros", "elements")
 
@@ -22,6 +23,16 @@ def in_graph(x):
     return torch.cat([_stats._in_graph(_stats._real(x.resolve_conj())), tail])
 
 
+def kernel(x):
+    """The line by the CPU's kernel, which folds it into a blank one."""
+    line = _stats.blank(1, "cpu")[0]
+    assert _cpu.fold(x, line, None)
+    return line
+
+
+PATHS = (_stats.measure, in_graph, kernel)
+
+
 def decoded(line):
     values = _stats.decode(line.numpy())
     return {name: float(read(values, name)) for name in NAMES}
@@ -29,7 +40,7 @@ def decoded(line):
 
 def assert_right(x, rtol=1e-6):
     expected = reference(x)
-    for path in (_stats.measure, in_graph):
+    for path in PATHS:
         got = decoded(path(x))
         for name in NAMES:
             np.testing.assert_allclose(got[name], expected[name], rtol=rtol, atol=1e-44, err_msg=f"{path.__name__} {name}")
@@ -73,7 +84,7 @@ def test_counts_and_absmax_hold_for_any_floats(values):
     """Outside the range of the norm, absmax and the counts stay exact."""
     x = torch.tensor(values, dtype=torch.float32)
     expected = reference(x)
-    for path in (_stats.measure, in_graph):
+    for path in PATHS:
         got = decoded(path(x))
         for name in ("absmax", "nan", "posinf", "neginf", "elements"):
             assert got[name] == pytest.approx(expected[name], rel=1e-6), (path.__name__, name)
@@ -93,19 +104,23 @@ def test_hundred_million_elements():
     x = torch.full((100_000_000,), 1.1)
     expected = 1.1 * math.sqrt(1e8)
     assert decoded(_stats.measure(x))["norm"] == pytest.approx(expected, rel=1e-5)
+    assert decoded(kernel(x))["norm"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e4m3fn]
 )
 def test_the_dtype_travels_with_the_clock(dtype):
-    """`first` holds the clock and the dtype's code in sixteenths, on both paths."""
+    """`first` holds the clock and the dtype's code in sixteenths, on all paths."""
     x = torch.ones(3).to(dtype)
     name = str(dtype).removeprefix("torch.")
     clock = torch.tensor([5.0])
     if dtype is not torch.float8_e4m3fn:
         first = float(_stats.decode(_stats.measure(x, clock).numpy())[-1])
         assert first == 5 + DTYPES.index(name) / 16
+        line = _stats.blank(1, "cpu")[0]
+        assert _cpu.fold(x, line, torch.tensor([4.0]))
+        assert float(_stats.decode(line.numpy())[-1]) == first
     assert _stats._dtype_code(x) == (DTYPES.index(name) if name in DTYPES else 0) / 16
 
 

@@ -1,0 +1,22 @@
+"""What the kernels are given: a tensor, and where its statistics go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Reading = tuple[Tensor, int, float, bool]
+"""A tensor to be measured, the line of the row where its statistics go, what stands for its place in the order of execution,
+and whether the line forgets what it held; else the two fold. No class: there is one for each parameter at each step.
+"""
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """The same values without gaps. Their order is no matter: a dense tensor, however permuted, is not copied."""
+    if x.is_contiguous() and not x.is_neg() and not x.is_complex():
+        return x
+    x = x.detach()
+    x = (
+        torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
+    )  # `z.conj().imag` has the sign of z's in memory
+    return x if x.is_contiguous() else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).contiguous()
