@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, NEGINF, OUTPUT, PARAMETER, STATISTICS, Floats, read
 from ._names import safe_text
 from ._order import execution_order
+from ._readings import Readings
 from ._table import TapTable
 from .errors import UnknownLayer, explain
 
@@ -62,9 +63,14 @@ class Row:
         Kept, as several triggers ask for the same.
         """
         if (kind, statistic) not in self._kinds:
-            values = self._kinds[kind, statistic] = read(self.values[self.table.of_kind[kind]], statistic)
+            values = self._kinds[kind, statistic] = read(self.values.take(self.table.of_kind[kind], axis=0), statistic)
             values.setflags(write=False)
         return self._kinds[kind, statistic]
+
+    @cached_property
+    def readings(self) -> Readings:
+        """What the triggers of the house ask: arrays that they share, computed when first asked for."""
+        return Readings(self.table, self.values)
 
 
 def _three(key: object) -> tuple[str, str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._columns import KINDS, OUTPUT, PARAMETER, PARAMETER_GRAD
+from ._columns import KINDS, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD
 from .errors import UnknownLayer, explain
 
 
@@ -55,6 +55,16 @@ class TapTable:
         return {kind: np.array([i for i, t in enumerate(self.taps) if t.kind == kind], dtype=np.intp) for kind in KINDS}
 
     @cached_property
+    def judged(self) -> NDArray[np.intp]:
+        """The lines whose norms triggers judge: outputs, gradients of parameters, parameters."""
+        return np.concatenate([self.of_kind[kind] for kind in (OUTPUT, PARAMETER_GRAD, PARAMETER)])
+
+    @cached_property
+    def are_gradients(self) -> NDArray[np.bool_]:
+        """Bool `[taps]`: which lines are gradients, of outputs or of parameters."""
+        return np.array([tap.kind in (OUTPUT_GRAD, PARAMETER_GRAD) for tap in self.taps], dtype=np.bool_)
+
+    @cached_property
     def gradients(self) -> NDArray[np.intp]:
         """For each parameter, in the order of `of_kind`, the line of its gradient; -1 where there is none."""
         taps = [self.taps[i] for i in self.of_kind[PARAMETER]]
@@ -78,10 +88,28 @@ class TapTable:
         order = np.argsort(of_layer, kind="stable")
         return order, np.flatnonzero(np.diff(of_layer[order], prepend=-1))
 
+    @cached_property
+    def _columns(self) -> NDArray[np.intp] | None:
+        """The gradients of each layer, `[most, layers]`, where a layer with fewer has its first again; None where one has so many
+        more than the others that this would be long."""
+        order, begins = self._groups
+        counts = np.diff(begins, append=len(order))
+        rounds = np.arange(counts.max(initial=0))[:, None]
+        few = rounds.size * counts.size <= 4 * order.size
+        return order[begins + np.where(rounds < counts, rounds, 0)] if few else None
+
     def largest_of_layers(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Of one number for each gradient, in the order of `of_kind`, the largest of each layer."""
+        """Of one number for each gradient, in the order of `of_kind`, the largest of each layer; NaN where all are."""
+        if self._columns is not None and len(values):  # as a rule: it takes a third of the time
+            largest: NDArray[Any] = np.fmax.reduce(values[self._columns], axis=0)
+            return largest
         order, begins = self._groups
         return np.fmax.reduceat(values[order], begins) if len(begins) else values[:0]
+
+    @cached_property
+    def patterns(self) -> list[tuple[bytes, Any]]:
+        """How the last steps ran: a place for what `_readings` knows of them."""
+        return []
 
     def line(self, layer: str, site: str) -> int:
         """The line of a layer's site, or `UnknownLayer` naming what there is."""

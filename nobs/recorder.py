@@ -134,7 +134,9 @@ class Recorder:
         Cost: a few kernel launches and a few NumPy calls. Never waits for the device.
         """
         if not self._broken:
-            given = {name: checked_scalar(name, value) for name, value in {"loss": loss, **scalars}.items()}
+            given = {"loss": checked_scalar("loss", loss)}
+            for name, value in scalars.items():
+                given[name] = checked_scalar(name, value)
             self._close_step(given, batch)
             self._judge()
 

@@ -212,6 +212,16 @@ def test_scalars_that_do_not_fit_are_counted(scalars, batch):
         assert back.row.batch[:199] == batch[:199]
 
 
+def test_a_nan_that_warns_of_itself_is_read_as_a_plain_one():
+    """No tap writes a signalling NaN; a file may hold one, and nobody who judges its row is warned."""
+    raw = bytearray(_record.encode_record(row_of(1), 1, Layout.of(0, len(TABLE), 2)))
+    raw[_format.HEAD_BYTES - 4 : _format.HEAD_BYTES] = struct.pack("<I", 0x7FA00000)
+    back = _record.decode_record(_record.checksum(bytes(raw)) + bytes(raw), Layout.of(0, len(TABLE), 2), TABLE)
+    assert math.isnan(back.row.values[0, 0])
+    with np.errstate(all="raise"):
+        back.row.values + back.row.values
+
+
 def test_a_ring_that_goes_round(tmp_path):
     """At each length: the last capacity + 1 records, the oldest first, and of them the last `capacity` as history."""
     file = BoxFile(tmp_path, header_of(), False)

@@ -95,7 +95,9 @@ def decode_record(raw: bytes, layout: Layout, table: TapTable) -> Record | None:
         batch = raw[offset : offset + named - 1].decode("utf-8", "surrogatepass") if named else None
     except (UnicodeError, IndexError, struct.error):
         return None
-    return Record(number, Row(step, time_s, read, table, values.astype(np.float32, copy=False), batch), left_out)
+    with np.errstate(invalid="ignore"):  # a signalling NaN, which no tap writes, becomes a plain one
+        values = values * np.float32(1)
+    return Record(number, Row(step, time_s, read, table, values, batch), left_out)
 
 
 def _scalars(raw: bytes, count: int, offset: int) -> tuple[dict[str, float], int]:

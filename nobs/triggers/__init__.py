@@ -10,6 +10,8 @@ step 10 million costs what judging step 10 cost. A trigger of your own is any ob
             failure = nobs.Failure("Stuck", row.step, "the loss does not move") if same else None
             return {"loss": row.scalars["loss"]}, failure
 
+Those of the house have two more methods, by which most rows are judged by one look and learned by the block; see `sieve`.
+
 A spike or a NaN never enters the average that it was compared with, and so cannot hide the next one.
 """
 

@@ -13,6 +13,7 @@ from .._history import Row
 from .._schema import Failure
 from . import baseline
 from .shape import at_least_one, others_than_one, positive
+from .sieve import Block, Bounds
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ActivationGrowth:
         at_least_one(self, "warmup", "window")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        rms = row.kind(OUTPUT, "rms")
+        rms = row.readings.output_rms
         logs = baseline.powers(rms)
         state = baseline.usable(state, len(logs))
         known = state["count"] >= self.warmup
@@ -57,6 +58,18 @@ class ActivationGrowth:
         high = jumped | grown
         failure = self._failure(row, rms, rise, logs - before, jumped, high) if high.any() else None
         return baseline.learn(state, logs, ~high, self.window), failure
+
+    def bounds(self, state: Any, row: Row, bounds: Bounds) -> bool:
+        """The least that a jump, and that growth, must be above."""
+        past = state["past"]
+        jump = baseline.record(state) + math.log10(self.jump / 2)
+        growth = np.maximum(past + math.log10(self.growth), past.max(initial=-np.inf) + math.log10(self.beyond))
+        bounds.outputs(most=baseline.bound(state, np.minimum(jump, growth), self.warmup) * bounds.output_roots)
+        return True
+
+    def learned(self, state: Any, block: Block) -> Any:
+        """Behind a block of rows."""
+        return baseline.learn_block(state, block.output_rms, self.window)
 
     def _failure(self, row: Row, rms: Any, rise: Any, grown: Any, jumped: Any, high: Any) -> Failure:
         worst = int(np.argmax(np.where(high, np.where(jumped.any(), rise, grown), -np.inf)))

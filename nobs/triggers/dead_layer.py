@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .._columns import FIRST, NORM, OUTPUT, PARAMETER_GRAD, TRAINED
+from .._columns import FIRST, NORM, OUTPUT, PARAMETER_GRAD
 from .._history import Row
 from .._schema import Failure
 from .shape import at_least_one, others_than_one, positive
+from .sieve import SLACK, Block, Bounds
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DeadLayer:
         vanishing: a parameter's root mean square gradient as a share of the network's largest, over four times `patience`.
         warmup: steps that a site must have been alive before its silence means something.
 
-    Cost: two dozen NumPy calls over the taps.
+    Cost: two dozen NumPy calls over the taps; see `sieve`.
     """
 
     patience: int = 5
@@ -39,7 +40,9 @@ class DeadLayer:
         at_least_one(self, "patience", "warmup")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        silent, alive, weak = (np.concatenate(pair) for pair in zip(_outputs(row), _gradients(row, self.vanishing), strict=True))
+        largest = _largest(row)
+        pairs = zip(_outputs(row), self._gradients(row, largest), strict=True)
+        silent, alive, weak = (np.concatenate(pair) for pair in pairs)
         state = _empty(len(silent)) if state is None or len(state["alive"]) != len(silent) else state
         pause = np.where(silent, state["pause"] + 1, np.where(alive, 0, state["pause"]))
         longest = np.where(alive, np.maximum(state["longest"], state["pause"]), state["longest"])
@@ -59,6 +62,45 @@ class DeadLayer:
             "faint": np.where(vanished, 0, faint),
         }, failure
 
+    def bounds(self, state: Any, row: Row, bounds: Bounds) -> bool:
+        """No output is zero, and of each layer that has a gradient the strongest is far from next to none."""
+        norms, rms, largest = row.readings.outputs, row.readings.gradient_rms, _largest(row)
+        silent = (norms == 0).any() or ((largest == 0) & row.readings.pattern.asking).any()
+        if silent or state["pause"].any() or state["faint"].any():
+            return False
+        of_gradients = largest[row.table.trained_layers[2]]
+        most = _GROWS * largest.max(initial=0.0)
+        least = self.vanishing * most * (1 + SLACK)
+        strongest, none = (rms > 0) & (rms == of_gradients), ~(of_gradients > 0)
+        if (strongest & (rms < least)).any():
+            return False
+        bounds.outputs(np.where(norms > 0, _TINY, np.nan), np.where(norms > 0, np.nan, 0))
+        roots = bounds.gradient_roots
+        bounds.gradients(np.where(strongest, least, np.nan) * roots, np.where(none, 0, most * roots))
+        return True
+
+    def learned(self, state: Any, block: Block) -> Any:
+        """Behind a block of rows, in each of which what was alive was so."""
+        if (state["alive"] >= self.warmup).all():  # nobody need count on
+            return state
+        largest = np.array([block.table.largest_of_layers(norms) for norms in block.gradients])
+        alive = np.concatenate(((block.outputs > 0).sum(axis=0), (largest > 0).sum(axis=0)))
+        return {**state, "alive": state["alive"] + alive}
+
+    def _gradients(self, row: Row, largest: Any) -> tuple[Any, Any, Any]:
+        """Which layers that ask for a gradient have none, which have one, and which next to none.
+
+        They must have been used. Where no gradient at all is left, the loss must not be zero.
+        """
+        table = row.table
+        lines = row.values[table.of_kind[PARAMETER_GRAD]]
+        # A NaN: of that NonFinite speaks.
+        unclear = table.largest_of_layers(np.isfinite(lines[:, FIRST]) & ~(lines[:, NORM] >= 0)) > 0
+        most, loss = largest.max(initial=0.0), row.scalars.get("loss", 0.0)
+        asked = most > 0 or (math.isfinite(loss) and loss != 0)
+        weak = (largest > 0) & (largest < self.vanishing * most) & math.isfinite(most)
+        return asked & row.readings.pattern.asking & (largest == 0) & ~unclear, (largest > 0) & ~weak, weak & ~unclear
+
     def _failure(self, row: Row, which: Any, steps: Any) -> Failure:
         first = int(np.argmax(which))
         outputs = row.table.of_kind[OUTPUT]
@@ -75,29 +117,22 @@ class DeadLayer:
         return Failure("DeadLayer", row.step, message, tap.layer, tap.site, float(steps[first]), float(self.patience))
 
 
+_TINY = float(np.finfo(np.float32).tiny)
+_GROWS = 10.0
+"""A gradient may be so many times the network's largest, for the others not to be next to none beside it."""
+
+
 def _empty(sites: int) -> dict[str, Any]:
     return {name: np.zeros(sites) for name in ("alive", "pause", "longest", "faint")}
 
 
 def _outputs(row: Row) -> tuple[Any, Any, Any]:
     """Which outputs are all zero, and which are not."""
-    norms = row.kind(OUTPUT, "norm")
+    norms = row.readings.outputs
     return norms == 0, norms > 0, np.zeros(len(norms), dtype=bool)
 
 
-def _gradients(row: Row, vanishing: float) -> tuple[Any, Any, Any]:
-    """Which layers that ask for a gradient have none, which have one, and which next to none.
-
-    They must have been used: the output of their layer ran. Where no gradient at all is left, the loss must not be zero.
-    """
-    table, values = row.table, row.values
-    lines, (parameters, outputs, _) = table.of_kind[PARAMETER_GRAD], table.trained_layers
-    ran = np.isfinite(values[lines, FIRST])
-    largest = table.largest_of_layers(np.where(ran, row.kind(PARAMETER_GRAD, "rms"), 0))
-    unclear = table.largest_of_layers(ran & ~(values[lines, NORM] >= 0)) > 0  # a NaN: of that NonFinite speaks
-    trained = np.floor(values[parameters, FIRST]) == TRAINED
-    used = table.largest_of_layers(trained & np.where(outputs >= 0, np.isfinite(values[outputs, FIRST]), True)) > 0
-    most, loss = largest.max(initial=0.0), row.scalars.get("loss", 0.0)
-    asked = most > 0 or (math.isfinite(loss) and loss != 0)
-    weak = (largest > 0) & (largest < vanishing * most) & math.isfinite(most)
-    return asked & used & (largest == 0) & ~unclear, (largest > 0) & ~weak, weak & ~unclear
+def _largest(row: Row) -> Any:
+    """Of each layer the largest root mean square of a gradient; 0 where there is none."""
+    pattern, rms = row.readings.pattern, row.readings.gradient_rms
+    return row.table.largest_of_layers(rms if pattern.all_measured else np.where(pattern.gradients_that_ran, rms, 0))

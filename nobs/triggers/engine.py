@@ -8,8 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .._history import Row
+from .._readings import Pattern, pattern_of
 from .._schema import Failure
+from .._table import TapTable
 from ..errors import BadSetting, explain
 from .activation_growth import ActivationGrowth
 from .dead_layer import DeadLayer
@@ -21,6 +26,7 @@ from .loss_spike import LossSpike
 from .nonfinite import NonFinite
 from .overflow_headroom import OverflowHeadroom
 from .shape import Trigger
+from .sieve import BLOCK, SETTLED, WORTH, Block, Bounds, Sieve, Waiting
 from .weight_jump import WeightJump
 
 
@@ -61,23 +67,89 @@ class TriggerEngine:
                     explain("triggers=[...]", f"{trigger!r}", "an object with update(state, row)", "nobs.triggers.LossSpike()")
                 )
         self.triggers = triggers
-        self.states: list[Any] = [None] * len(self.triggers)
+        self._can_wait = [trigger if isinstance(trigger, Waiting) else None for trigger in triggers]
+        self._states: list[Any] = [None] * len(self.triggers)
+        self._waiting: list[tuple[NDArray[np.float32], Pattern]] = []
+        self._sieves: list[Sieve] = []
+        self._table: TapTable | None = None
+        self._shown, self._next, self._gap = 0, SETTLED, 0
+
+    @property
+    def states(self) -> list[Any]:
+        """What each trigger has learned, of all rows so far."""
+        self._catch_up()
+        return self._states
 
     def check(self, row: Row) -> Failure | None:
         """Show a row to every trigger; each learns from it. The first failure, in the order of the triggers, or None.
 
-        Cost: a few NumPy calls over the row, no loop over layers.
+        Cost: two comparisons of the row as a rule, and some hundred NumPy calls over its sites for its first hundred rows, a row
+        that stands out, and every so many rows (see `sieve`). No loop over layers. The values of those so many rows are kept.
         """
+        sieve = self._sieve_that_holds(row)
+        if sieve is None:
+            self._catch_up()
+            self._shown += 1
+        else:
+            self._waiting.append((row.values, sieve.pattern))
         first = None
         for i, trigger in enumerate(self.triggers):
-            answer: Any = trigger.update(self.states[i], row)  # a user's: it may be anything
+            if sieve is not None and sieve.waits[i]:
+                continue
+            answer: Any = trigger.update(self._states[i], row)  # a user's: it may be anything
             if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], (Failure, type(None)))):
                 name = type(trigger).__name__
                 pair = "a pair (state, nobs.Failure or None)"
                 raise BadSetting(explain(f"{name}.update(state, row)", repr(answer), pair, "return state, None"))
-            self.states[i], failure = answer
+            self._states[i], failure = answer
             first = first or (failure and _of_python(failure, type(trigger).__name__))
+        if len(self._waiting) >= BLOCK:
+            self._catch_up()
         return first
+
+    def _sieve_that_holds(self, row: Row) -> Sieve | None:
+        """The sieve of rows that run like this one, if nothing in the row is beyond it."""
+        if row.table is not self._table:  # another model's: what the triggers know is not of its sites
+            self._table, self._shown, self._next = row.table, 0, SETTLED
+        if self._shown < self._next or not any(self._can_wait):
+            return None
+        if self._sieves and self._sieves[0].holds(row):
+            return self._sieves[0]
+        pattern = pattern_of(row.table, row.values)
+        sieve = next((sieve for sieve in self._sieves if sieve.pattern is pattern), None) or self._new_sieve(row, pattern)
+        self._sieves = [sieve, *(other for other in self._sieves if other is not sieve)]
+        if sieve.holds(row):
+            return sieve
+        # Where sieves hold next to nothing they are not worth what they cost: then there are some rows without.
+        self._gap = min(2 * self._gap + 1, BLOCK) if len(self._waiting) < WORTH else 0
+        self._next = self._shown + 1 + self._gap
+        return None
+
+    def _new_sieve(self, row: Row, pattern: Pattern) -> Sieve:
+        """For the states as they are, and rows that run like this one."""
+        for sieve in self._sieves:
+            if sieve.pattern.is_like(pattern):
+                return sieve.resized(pattern)
+        bounds = Bounds(row)
+        waits = tuple(
+            trigger is not None and trigger.bounds(state, row, bounds)
+            for trigger, state in zip(self._can_wait, self._states, strict=True)
+        )
+        if self._waiting and waits != self._sieves[0].waits:  # who has waited must know of it first
+            self._catch_up()
+            return self._new_sieve(row, pattern)
+        return Sieve.of(row, bounds, waits)
+
+    def _catch_up(self) -> None:
+        """Let the triggers learn of the rows that wait."""
+        if self._waiting:
+            block = Block(self._sieves[0].table, *zip(*self._waiting, strict=True))
+            learned = [
+                trigger.learned(state, block) if trigger is not None and waits else state
+                for trigger, state, waits in zip(self._can_wait, self._states, self._sieves[0].waits, strict=True)
+            ]
+            self._states, self._waiting = learned, []
+        self._sieves = []
 
     def state(self) -> list[tuple[str, Any]]:
         """What the triggers have learned, each under the name of its class."""
@@ -94,7 +166,8 @@ class TriggerEngine:
         if names != there:
             what, expected = f"a state of the triggers {names}", f"one of {there}"
             raise BadSetting(explain("loading the state of triggers", what, expected, "triggers=[...] as in the saved run"))
-        self.states = [state for _, state in saved]
+        self._states, self._waiting, self._sieves = [state for _, state in saved], [], []
+        self._shown, self._next = 0, SETTLED
 
 
 DEFAULT = (

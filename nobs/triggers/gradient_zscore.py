@@ -13,6 +13,7 @@ from .._history import Row
 from .._schema import Failure
 from . import baseline
 from .shape import at_least_one, others_than_one, positive
+from .sieve import Block, Bounds
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class GradientZScore:
         at_least_one(self, "warmup", "window")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        norms = np.where(row.kind(PARAMETER_GRAD, "nonfinite") > 0, np.nan, row.kind(PARAMETER_GRAD, "norm"))
+        norms = row.readings.whole_gradients.astype(np.float64)
         logs = baseline.powers(norms)
         state = baseline.usable(state, len(logs))
         z = baseline.scores(state, logs)
@@ -52,6 +53,15 @@ class GradientZScore:
             high &= logs > baseline.record(state) + math.log10(self.above)
         failure = self._failure(row, norms, logs - state["level"], z, high) if high.any() else None
         return baseline.learn(state, logs, ~high, self.window), failure
+
+    def bounds(self, state: Any, row: Row, bounds: Bounds) -> bool:
+        """`above` times the record: the least that a failure is above."""
+        bounds.gradients(most=baseline.bound(state, baseline.record(state) + math.log10(self.above), self.warmup))
+        return True
+
+    def learned(self, state: Any, block: Block) -> Any:
+        """Behind a block of rows."""
+        return baseline.learn_block(state, block.gradients, self.window)
 
     def _failure(self, row: Row, norms: Any, rise: Any, z: Any, high: Any) -> Failure:
         worst = int(np.argmax(np.where(high, rise, -np.inf)))

@@ -68,7 +68,8 @@ class LossCusum:
         loss = finite_loss(row)
         if loss is None:
             return state, None
-        state = LossSum() if state is None else LossSum(*state)  # a checkpoint may have made a list of it
+        if type(state) is not LossSum:  # a checkpoint may have made a list of it
+            state = LossSum(*(state or ()))
         if state.first is not None:
             return self._warm_up((*state.first, loss)), None
         spread = max(state.spread, 0.01 * abs(state.mean), 1e-12)

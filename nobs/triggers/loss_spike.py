@@ -77,16 +77,17 @@ class LossSpike:
         loss = finite_loss(row)
         if loss is None:
             return state, None
-        state = LossBaseline() if state is None else LossBaseline(*state)  # a checkpoint may have made a list of it
+        if type(state) is not LossBaseline:  # a checkpoint may have made a list of it
+            state = LossBaseline(*(state or ()))
         if state.first is not None:
             return self._warm_up((*state.first, loss)), None
-        limit = self._spike_limit(state)
-        if loss > limit:
+        # Neither limit is below what it is compared with first, which is quick: a usual loss need not know them.
+        if loss > state.mean + self.spreads * state.spread and loss > (limit := self._spike_limit(state)):
             message = f"loss {loss:.4g} at step {row.step}, {_against(loss, state.mean)} (limit {limit:.4g})"
             return state, Failure("LossSpike", row.step, message, value=loss, threshold=limit)
-        limit = self._climb_limit(state)
         failure = None
-        if state.mean > limit and loss > limit:
+        usual = 1e-3 * state.peak < state.low and state.mean <= self.factor * state.low
+        if not usual and min(state.mean, loss) > (limit := self._climb_limit(state)):
             message = f"loss climbed to {loss:.4g} by step {row.step}, {_against(state.mean, state.low, 'its lowest average')}"
             failure = Failure("LossSpike", row.step, message, value=state.mean, threshold=limit)
         return self._learn(state, loss), failure  # a climb is learned: the average must be able to come down again

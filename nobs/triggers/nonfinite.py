@@ -14,6 +14,7 @@ from .._names import places
 from .._schema import Failure
 from .._table import Tap
 from .shape import at_least_one
+from .sieve import Block, Bounds
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class NonFinite:
     Args:
         patience: with a loss scale in the row, steps in a row that gradients may be non-finite.
         maskless: readings of an output without -Inf, from the first on, behind which -Inf is no mask.
+
+    Cost: a look at all counts where they are zero; else two dozen NumPy calls over the taps. See `sieve`.
     """
 
     patience: int = 20
@@ -35,20 +38,37 @@ class NonFinite:
         at_least_one(self, "patience", "maskless")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        counts = bad_counts(row.values, row.table)
-        outputs = row.table.of_kind[OUTPUT]
+        outputs, readings = row.table.of_kind[OUTPUT], row.readings
+        ran = readings.pattern.outputs_ran
         state = _usable(state, len(outputs))
-        masks = np.where(np.isfinite(row.values[outputs, FIRST]), row.values[outputs, NEGINF], np.nan)
+        overflows, scaled = state["overflows"], "loss_scale" in row.scalars and readings.pattern.gradients_ran
+        if readings.clean:
+            return {"overflows": 0 if scaled else overflows, "clean": state["clean"] + ran}, self._loss_failure(row)
+        counts = bad_counts(row.values, row.table)
+        masks = np.where(ran, row.values[outputs, NEGINF], np.nan)
         counts[outputs] += np.where((masks > 0) & (state["clean"] >= self.maskless), masks, 0)
-        overflows = state["overflows"]
-        gradients = np.r_[row.table.of_kind[OUTPUT_GRAD], row.table.of_kind[PARAMETER_GRAD]]
-        if "loss_scale" in row.scalars and np.isfinite(row.values[gradients, FIRST]).any():  # else: a step without taps
+        if scaled:  # else: a step without taps
+            gradients = np.r_[row.table.of_kind[OUTPUT_GRAD], row.table.of_kind[PARAMETER_GRAD]]
             overflows = overflows + 1 if counts[gradients].any() else 0
             if overflows <= self.patience:
                 counts[gradients] = 0
         # An output that has ever been masked may always be: it leaves the count for good.
         clean = np.where(masks > 0, -np.inf, state["clean"] + (masks == 0))
         return {"overflows": overflows, "clean": clean}, self._loss_failure(row) or self._site_failure(row, counts)
+
+    def bounds(self, state: Any, row: Row, bounds: Bounds) -> bool:
+        """A sieve lets no count through but of masks: in outputs that have had one, and in parameters that have no gradient."""
+        outputs, parameters = row.table.of_kind[OUTPUT], row.table.of_kind[PARAMETER]
+        gradients, ran = row.table.gradients, np.isfinite(row.values[:, FIRST])
+        bounds.masked[outputs] = np.isinf(state["clean"])
+        bounds.masked[parameters] = ~np.where(gradients >= 0, ran[gradients], False)
+        return bool(state["overflows"] == 0)
+
+    def learned(self, state: Any, block: Block) -> Any:
+        """Behind a block of rows."""
+        if (np.abs(state["clean"]) >= self.maskless).all():  # of each output that is clean long enough, or masked, all is known
+            return state
+        return {**state, "clean": state["clean"] + np.add.reduce([pattern.outputs_ran for pattern in block.patterns], axis=0)}
 
     def _loss_failure(self, row: Row) -> Failure | None:
         loss = row.scalars.get("loss", 0.0)

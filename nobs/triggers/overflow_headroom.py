@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .._columns import ABSMAX, DTYPES, FIRST, LARGEST, OUTPUT
+from .._columns import OUTPUT
 from .._history import Row
 from .._schema import Failure
+from . import blocks
 from .shape import positive
+from .sieve import SLACK, Block, Bounds
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,27 @@ class OverflowHeadroom:
         positive(self, "share", "growth")
 
     def update(self, state: Any, row: Row) -> tuple[Any, Failure | None]:
-        lines = row.values[row.table.of_kind[OUTPUT]].astype(np.float64)
-        if state is None or len(state) != len(lines):
-            state = np.full(len(lines), np.inf)
-        ran = np.isfinite(lines[:, FIRST])
-        absmax = np.where(ran, lines[:, ABSMAX], np.nan)
-        codes = np.round(np.where(ran, lines[:, FIRST], 0) % 1 * 16).astype(int)
-        used = absmax / _LARGEST[np.clip(codes, 0, len(_LARGEST) - 1)]
+        absmax = row.readings.output_peaks.astype(np.float64)
+        if state is None or len(state) != len(absmax):
+            state = np.full(len(absmax), np.inf)
+        used = absmax / row.readings.pattern.largest
         near = (used > self.share) & (absmax > self.growth * state)
-        with np.errstate(invalid="ignore"):
-            low = np.fmin(state * 10 ** (1 / 1000), np.where(absmax > 0, absmax, np.nan))
+        low = np.fmin(state * _RISES, np.where(absmax > 0, absmax, np.nan))
         return low, self._failure(row, absmax, used, near) if near.any() else None
+
+    def bounds(self, state: Any, row: Row, bounds: Bounds) -> bool:
+        """The share itself; where an output is above it already each row is looked at."""
+        most = self.share * (1 - SLACK) * row.readings.pattern.largest
+        if (row.readings.output_peaks > most).any():
+            return False
+        np.fmin(bounds.most_peaks, most, out=bounds.most_peaks)
+        return True
+
+    def learned(self, state: Any, block: Block) -> Any:
+        """Behind a block of rows."""
+        peaks = block.output_peaks
+        peaks = peaks if peaks.min(initial=np.inf) > 0 else np.where(peaks > 0, peaks, np.nan)
+        return np.fmin(state * _RISES ** len(peaks), np.fmin.reduce(peaks * blocks.fading(len(peaks), _RISES), axis=0))
 
     def _failure(self, row: Row, absmax: Any, used: Any, near: Any) -> Failure:
         worst = int(np.argmax(np.where(near, used, -np.inf)))
@@ -57,8 +69,9 @@ class OverflowHeadroom:
             tap.layer,
             tap.site,
             float(absmax[worst]),
-            self.share * float(absmax[worst] / used[worst]),
+            self.share * float(row.readings.pattern.largest[worst]),
         )
 
 
-_LARGEST = np.array([LARGEST.get(name, np.inf) for name in DTYPES])
+_RISES = 10 ** (1 / 1000)
+"""By so much the lowest comes up each step."""
