@@ -1,115 +1,189 @@
-"""What recording costs: bare and observed steps of one model, interleaved in one process, as medians of paired ratios.
+"""What recording costs, side by side with what else there is: bare and watched steps in turn, medians of their paired ratios.
 
-    python bench/overhead.py                      # prints a table; --json FILE writes the raw figures
-    NOBS_MNIST=DIR python bench/overhead.py       # on real images
+    python bench/overhead.py                                   # everything: hours on two cores
+    python bench/overhead.py --workloads gpt,mlp300 --modes eager --dtypes float32 --tools none,nobs
+    python bench/overhead.py --json FILE                       # the raw figures, with machine, versions and commit
+    python bench/overhead.py --quick                           # toys and few pairs: does everything run?
 
-The model is the ConvNet of examples/mnist_failure.py, all sites at every step, plain SGD, with `recorder.step` and its
-triggers in the observed step. Machines are noisy: the figures are ratios taken side by side, with their quartiles.
+One process; each cell makes two models with the same weights, one bare and one with the tool, and trains both, step by step in
+turn, the order changing from pair to pair. On CUDA the headline is of blocks of steps without waiting in between, as there the
+host runs ahead of the device; single steps are in the JSON. A tool that cannot run says why, and the rest goes on.
+
+`+ms`: what a step gets slower by; `us/tap`: the same per tensor that the tool is to read; `x read`: the same over one `torch.sum`
+of each of these tensors; `seen`: readings that it took in a step; `asks`: how often the host asked for a number that the
+device has, on CUDA how often it waited for one; breaks and graphs: more than the bare model has; `+MB`: held and at the peak of
+a step, on the device. Compile times: `bench/overhead_compile.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from machine import installed, machine
+from overhead_census import asks_of, graphs_of, held_bytes, peak_bytes, reads_of, step_call_waits
+from overhead_loop import Attached, Job, Loop
+from overhead_measure import compare, compare_blocks, warm_up
+from overhead_options import cells_parser, modes_of, scratch, silence
+from overhead_tools import TOOLS, Tool
+from overhead_workloads import Workload, make
 
-import nobs
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import mnist_data
-from mnist_failure import ConvNet
-
-BATCH = 64
-
-
-def stepper(images, labels, compiled: bool, observed: bool, every: int) -> Callable[[int], float]:
-    """One training loop as a function of the step; gives the seconds that the step took."""
-    torch.manual_seed(0)
-    model = ConvNet()
-    if observed:
-        nobs.instrument(model, every=every)
-    step_model = torch.compile(model, fullgraph=True) if compiled else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recorder = nobs.Recorder(model, optimizer=optimizer, directory=tempfile.mkdtemp()) if observed else None
-
-    def step(number: int) -> float:
-        batch = torch.arange(BATCH) + (number * BATCH) % (len(images) - BATCH)
-        x, y = images[batch], labels[batch]
-        begin = time.perf_counter()
-        loss = nn.functional.cross_entropy(step_model(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if recorder is not None:
-            recorder.step(loss)
-        return time.perf_counter() - begin
-
-    return step
+HEADINGS = "  tool                      ratio    quartiles     +ms  us/tap x read seen  asks breaks graphs   +MB"
 
 
-def measure(images, labels, compiled: bool, every: int, pairs: int, warmup: int = 20) -> dict:
-    """Bare and observed in turn, the order of the two changing from pair to pair."""
-    bare, observed = (stepper(images, labels, compiled, seen, every) for seen in (False, True))
-    for number in range(warmup):
-        bare(number), observed(number)
-    times = np.zeros((pairs, 2))
-    for number in range(pairs):
-        for which in (0, 1) if number % 2 else (1, 0):
-            times[number, which] = (bare, observed)[which](number)
-    ratios = times[:, 1] / times[:, 0]
-    low, median, high = np.percentile(ratios, [25, 50, 75])
-    return {
-        "mode": "compiled" if compiled else "eager",
-        "every": every,
-        "ratio_median": float(median),
-        "ratio_quartiles": [float(low), float(high)],
-        "bare_ms": float(np.median(times[:, 0]) * 1e3),
-        "observed_ms": float(np.median(times[:, 1]) * 1e3),
-        "pairs": pairs,
-    }
+def cell(tool: Tool, build: Callable[[], Workload], mode: str, reads: dict, options: argparse.Namespace, folder: Path) -> dict:
+    """One tool with one workload in one mode: all that is measured and counted."""
+    device = torch.device(options.device)
+    loops, facts = [], []
+    attached: list[Attached] = []
+
+    def attach(job: Job) -> Attached:
+        attached.append(tool.attach(job))
+        return attached[0]
+
+    try:
+        for which in (None, attach if tool.attach else None):
+            torch._dynamo.reset()  # models of one class share their graphs: count them apart
+            before = held_bytes(device)
+            loops.append(Loop(build(), mode, which, folder))
+            graphs = graphs_of(loops[-1])
+            seen = loops[-1].tool.read() if which else 0
+            facts.append({"graphs": asdict(graphs), "held_bytes": held_bytes(device) - before, "seen_alone": seen})
+        bare, observed = loops
+        torch._dynamo.reset()  # and what Dynamo gave up because of a tool it may do again in the bare model
+        warm_up((bare, observed), options.warm_up, options.seconds / 2)
+        found: dict[str, Any] = {"steps": asdict(compare(bare, observed, options.pairs, options.seconds, tool.period))}
+        if device.type == "cuda":
+            found["blocks"] = asdict(compare_blocks(bare, observed, options.pairs, options.seconds))
+        for loop, fact in zip(loops, facts, strict=True):
+            fact.update(asks=asks_of(loop, tool.period), peak_bytes=peak_bytes(loop))
+        found["step_call_waits"] = step_call_waits(observed)  # last: who is refused may stop recording
+        found.update(bare=facts[0], observed=facts[1], seen=observed.tool.read(), held_bytes_said=observed.tool.held_bytes)
+        return {**found, **_by_tap(found, observed.tool.kinds, reads, tool.period)}
+    finally:
+        for one in attached:
+            one.close()
 
 
-def machine() -> dict:
-    """What the figures were taken on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "nobs": nobs.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+def headline(found: dict) -> dict:
+    """The comparison that is printed: of blocks on CUDA, of single steps elsewhere."""
+    return found.get("blocks", found["steps"])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    options = parser.parse_args()
-    images, labels = mnist_data.load(Path(os.environ["NOBS_MNIST"]) if "NOBS_MNIST" in os.environ else None)
-    rows = [measure(images, labels, compiled, every, options.pairs) for compiled in (False, True) for every in (1, 10)]
-    print(f"{'mode':10}{'every':>6}{'ratio':>8}  quartiles       bare      observed")
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        print(
-            f"{row['mode']:10}{row['every']:6}{row['ratio_median']:8.3f}  {low:.3f} to {high:.3f}"
-            f"{row['bare_ms']:8.2f} ms{row['observed_ms']:9.2f} ms"
-        )
+def _by_tap(found: dict, kinds: Sequence[str], reads: dict, period: int) -> dict:
+    """The cost of a tap, and how many reads of the tapped tensor it is; None for what reads nothing, or not every step."""
+    taps, read_us = (sum(reads[kind][i] for kind in kinds) for i in (0, 1))
+    if not taps or period > 1:
+        return {"taps": taps, "tap_us": None, "tap_per_read": None}
+    extra_us = headline(found)["extra_ms"] * 1e3
+    return {"taps": taps, "tap_us": extra_us / taps, "tap_per_read": extra_us / read_us}
+
+
+def line(name: str, found: dict) -> str:
+    """One tool's line of the table."""
+    if "error" in found:
+        return f"  {name:25}{found['error']}"[:100]
+    cost, bare, observed = headline(found), found["bare"], found["observed"]
+    quartiles = "-".join(_short(quartile) for quartile in cost["quartiles"])
+    by_tap = f"{found['tap_us']:8.4g}{found['tap_per_read']:7.3g}" if found["tap_us"] is not None else f"{'-':>8}{'-':>7}"
+    breaks, graphs = (observed["graphs"][what] - bare["graphs"][what] for what in ("breaks", "graphs"))
+    more_bytes = sum(observed[what] - bare[what] for what in ("held_bytes", "peak_bytes"))
+    decimals = 2 if abs(more_bytes) < 1e8 else 0
+    return (
+        f"  {name:24}{_short(cost['ratio']):>7}{quartiles:>13}{cost['extra_ms']:8.2f}{by_tap}"
+        f"{found['seen']:5}{observed['asks'] - bare['asks']:6.4g}{breaks:7}{graphs:7}{more_bytes / 1e6:6.{decimals}f}"
+    )
+
+
+def notes(found: dict) -> Iterator[str]:
+    """What a line has no room for."""
+    if "error" in found:
+        return
+    graphs, bare = found["observed"]["graphs"], found["bare"]["graphs"]
+    if graphs["breaks"] > bare["breaks"]:
+        yield f"breaks: {graphs['reason']}"
+    if found["seen"] != found["observed"]["seen_alone"]:
+        yield f"in its first steps, before the bare model ran too, it saw {found['observed']['seen_alone']}"
+    if graphs["skipped_cudagraphs"] > bare["skipped_cudagraphs"]:
+        yield f"ran without CUDA graphs: {graphs['skipped_cudagraphs']} graphs, of the bare model {bare['skipped_cudagraphs']}"
+    if found.get("step_call_waits"):
+        yield f"its call at the end of a step waits: {found['step_call_waits']}"
+    if found["held_bytes_said"] is not None:
+        held = found["observed"]["held_bytes"] - found["bare"]["held_bytes"]
+        yield f"holds {held} bytes; its ring, as computed, {found['held_bytes_said']}"
+
+
+def _short(ratio: float) -> str:
+    """A ratio in five characters."""
+    return f"{ratio:.3f}" if ratio < 9.9995 else f"{ratio:.2f}" if ratio < 99.995 else f"{ratio:.0f}"
+
+
+def cells(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> Iterator[dict]:
+    """Every cell that was asked for, said as it is done."""
+    for workload in options.workloads:
+        for dtype in options.dtypes:
+            build = lambda workload=workload, dtype=dtype: make(workload, options.device, dtype, options.quick)  # noqa: E731
+            try:
+                reads = reads_of(build())
+            except ImportError as error:
+                say(f"\n{workload}, {dtype}: skipped: {error}")
+                continue
+            taps, read_us = (sum(kind[i] for kind in reads.values()) for i in (0, 1))
+            for mode in options.modes:
+                say(f"\n{workload}, {mode}, {dtype}: {taps} tensors to tap, {read_us / taps:.2f} us to read one\n{HEADINGS}")
+                for name in options.tools:
+                    where = {"workload": workload, "mode": mode, "dtype": dtype, "tool": name, "reads": reads}
+                    found = {**where, **attempt(TOOLS[name], build, mode, reads, options, folder)}
+                    say("\n".join([line(name, found), *(f"    {note}"[:100] for note in notes(found))]))
+                    yield found
+
+
+def attempt(tool: Tool, build: Callable[[], Workload], mode: str, reads: dict, options: argparse.Namespace, folder: Path) -> dict:
+    """A cell, or why there is none."""
+    if tool.package is not None and installed(tool.package) is None:
+        return {"error": "not installed"}
+    try:
+        # By default a graph does not ask for hooks: a model with hooks would run the bare model's, and record nothing.
+        with silence(), warnings.catch_warnings(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            warnings.simplefilter("ignore")
+            return cell(tool, build, mode, reads, options, folder)
+    except Exception as error:  # whatever a tool, or a compiler under it, may raise: the table says it
+        said = next((text for text in str(error).splitlines() if text.strip()), "")
+        return {"error": f"{type(error).__name__}: {said}", "traceback": traceback.format_exc()}
+    finally:
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Lists are given with commas."""
+    parser = cells_parser(__doc__, modes_of("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--pairs", type=int, default=100, help="pairs of steps (on CUDA also of blocks of 20) in a cell")
+    parser.add_argument("--seconds", type=float, default=60, help="no more pairs in a cell when they have taken so long")
+    parser.add_argument("--warm-up", type=int, default=30, help="steps before the first that counts, in half that time at most")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.pairs, options.warm_up, options.seconds = 6, 2, 5
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, about = parsed(arguments), machine()
+    print(f"{about['gpu'] or about['processor']}, {about['threads']} threads, torch {about['torch']}, commit {about['commit']}")
+    with scratch() as folder:
+        done = list(cells(options, folder, lambda text: print(text, flush=True)))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": about, "device": options.device, "cells": done}, indent=1) + "\n")
     return 0
 
 
