@@ -6,8 +6,9 @@
     python bench/overhead.py --quick                           # toys and few pairs: does everything run?
 
 One process; each cell makes two models with the same weights, one bare and one with the tool, and trains both, step by step in
-turn, the order changing from pair to pair. On CUDA the headline is of blocks of steps without waiting in between, as there the
-host runs ahead of the device; single steps are in the JSON. A tool that cannot run says why, and the rest goes on.
+turn, the order changing from pair to pair; four times over, as the memory that a model gets makes it faster or slower too. On
+CUDA the headline is of blocks of steps without waiting in between, as there the host runs ahead of the device; single steps are in
+the JSON. A tool that cannot run says why, and the rest goes on.
 
 `+ms`: what a step gets slower by; `us/tap`: the same per tensor that the tool is to read; `x read`: the same over one `torch.sum`
 of each of these tensors; `seen`: readings that it took in a step; `asks`: how often the host asked for a number that the
@@ -32,7 +33,7 @@ import torch
 from machine import installed, machine
 from overhead_census import asks_of, graphs_of, held_bytes, peak_bytes, reads_of, step_call_waits
 from overhead_loop import Attached, Job, Loop
-from overhead_measure import compare, compare_blocks, warm_up
+from overhead_measure import BLOCK, compare, compare_blocks, cost_of, warm_up
 from overhead_options import cells_parser, modes_of, scratch, silence
 from overhead_tools import TOOLS, Tool
 from overhead_workloads import Workload, make
@@ -42,33 +43,49 @@ HEADINGS = "  tool                      ratio    quartiles     +ms  us/tap x rea
 
 def cell(tool: Tool, build: Callable[[], Workload], mode: str, reads: dict, options: argparse.Namespace, folder: Path) -> dict:
     """One tool with one workload in one mode: all that is measured and counted."""
+    rounds = [one_round(tool, build, mode, options, folder, number) for number in range(options.rounds)]
+    found: dict[str, Any] = {**rounds[0], "steps": asdict(cost_of([one["steps"] for one in rounds], tool.period))}
+    if "blocks" in rounds[0]:
+        found["blocks"] = asdict(cost_of([one["blocks"] for one in rounds], BLOCK))
+    return {**found, **_by_tap(found, found.pop("kinds"), reads, tool.period)}
+
+
+def one_round(
+    tool: Tool, build: Callable[[], Workload], mode: str, options: argparse.Namespace, folder: Path, number: int
+) -> dict:
+    """Both models made anew, in every other round the observed one first: which memory a model gets makes steps of it up to 5 %
+    slower, with or without a tool. What is counted is counted in the first round."""
     device = torch.device(options.device)
-    loops, facts = [], []
     attached: list[Attached] = []
 
     def attach(job: Job) -> Attached:
         attached.append(tool.attach(job))
         return attached[0]
 
+    def made(which: Callable[[Job], Attached] | None) -> tuple[Loop, dict]:
+        torch._dynamo.reset()  # models of one class share their graphs: count them apart
+        before = held_bytes(device)
+        loop = Loop(build(), mode, which, folder)
+        graphs = graphs_of(loop)
+        seen = loop.tool.read() if which else 0
+        return loop, {"graphs": asdict(graphs), "held_bytes": held_bytes(device) - before, "seen_alone": seen}
+
     try:
-        for which in (None, attach if tool.attach else None):
-            torch._dynamo.reset()  # models of one class share their graphs: count them apart
-            before = held_bytes(device)
-            loops.append(Loop(build(), mode, which, folder))
-            graphs = graphs_of(loops[-1])
-            seen = loops[-1].tool.read() if which else 0
-            facts.append({"graphs": asdict(graphs), "held_bytes": held_bytes(device) - before, "seen_alone": seen})
-        bare, observed = loops
+        both = [made(which) for which in (None, attach if tool.attach else None)[:: -1 if number % 2 else 1]]
+        (bare, of_bare), (observed, of_observed) = both[:: -1 if number % 2 else 1]
         torch._dynamo.reset()  # and what Dynamo gave up because of a tool it may do again in the bare model
         warm_up((bare, observed), options.warm_up, options.seconds / 2)
-        found: dict[str, Any] = {"steps": asdict(compare(bare, observed, options.pairs, options.seconds, tool.period))}
+        pairs, seconds = -(-options.pairs // options.rounds), options.seconds / options.rounds
+        found: dict[str, Any] = {"steps": compare(bare, observed, pairs, seconds, tool.period)}
         if device.type == "cuda":
-            found["blocks"] = asdict(compare_blocks(bare, observed, options.pairs, options.seconds))
-        for loop, fact in zip(loops, facts, strict=True):
+            found["blocks"] = compare_blocks(bare, observed, pairs, seconds)
+        if number:
+            return found
+        for loop, fact in ((bare, of_bare), (observed, of_observed)):
             fact.update(asks=asks_of(loop, tool.period), peak_bytes=peak_bytes(loop))
         found["step_call_waits"] = step_call_waits(observed)  # last: who is refused may stop recording
-        found.update(bare=facts[0], observed=facts[1], seen=observed.tool.read(), held_bytes_said=observed.tool.held_bytes)
-        return {**found, **_by_tap(found, observed.tool.kinds, reads, tool.period)}
+        found.update(bare=of_bare, observed=of_observed, seen=observed.tool.read(), held_bytes_said=observed.tool.held_bytes)
+        return {**found, "kinds": observed.tool.kinds}
     finally:
         for one in attached:
             one.close()
@@ -170,10 +187,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cells_parser(__doc__, modes_of("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--pairs", type=int, default=100, help="pairs of steps (on CUDA also of blocks of 20) in a cell")
     parser.add_argument("--seconds", type=float, default=60, help="no more pairs in a cell when they have taken so long")
+    parser.add_argument("--rounds", type=int, default=4, help="how often both models of a cell are made anew")
     parser.add_argument("--warm-up", type=int, default=30, help="steps before the first that counts, in half that time at most")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.pairs, options.warm_up, options.seconds = 6, 2, 5
+        options.pairs, options.warm_up, options.seconds, options.rounds = 6, 2, 5, 2
     return options
 
 

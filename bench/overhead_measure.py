@@ -24,6 +24,7 @@ class Cost:
         bare_ms, observed_ms: medians of a step.
         extra_ms: the median of what a pair differs by.
         pairs: how many; each is of `steps` steps.
+        rounds: the median ratio of each round, in which both models were made anew: how much is luck of the memory they got.
     """
 
     ratio: float
@@ -34,18 +35,23 @@ class Cost:
     extra_ms: float
     pairs: int
     steps: int
+    rounds: tuple[float, ...]
 
 
-def compare(bare: Loop, observed: Loop, pairs: int, seconds: float, period: int = 1) -> Cost:
-    """Single steps in turn; a pair is `period` of each, so that what happens every so many steps is in every pair."""
+BLOCK = 20
+"""Steps of a block."""
+
+
+def compare(bare: Loop, observed: Loop, pairs: int, seconds: float, period: int = 1) -> np.ndarray:
+    """Single steps in turn, seconds a step `[pairs, 2]`; a pair is `period` of each, for what happens every so many steps."""
     taken = _in_turn(bare, observed, 1, pairs * period, seconds, FEWEST * period)
     whole = len(taken) // period * period
-    return _cost(taken[:whole].reshape(-1, period, 2).mean(1), period)
+    return taken[:whole].reshape(-1, period, 2).mean(1)
 
 
-def compare_blocks(bare: Loop, observed: Loop, pairs: int, seconds: float, steps: int = 20) -> Cost:
+def compare_blocks(bare: Loop, observed: Loop, pairs: int, seconds: float) -> np.ndarray:
     """Blocks of steps in turn, with no waiting inside a block: how fast they go where the host runs ahead of the device."""
-    return _cost(_in_turn(bare, observed, steps, pairs, seconds, FEWEST), steps)
+    return _in_turn(bare, observed, BLOCK, pairs, seconds, FEWEST)
 
 
 def _in_turn(bare: Loop, observed: Loop, steps: int, pairs: int, seconds: float, fewest: int) -> np.ndarray:
@@ -89,7 +95,9 @@ def warm_up(loops: tuple[Loop, Loop], steps: int, seconds: float) -> None:
             return
 
 
-def _cost(taken: np.ndarray, steps: int) -> Cost:
+def cost_of(rounds: list[np.ndarray], steps: int) -> Cost:
+    """What a tool costs, from the pairs of some rounds, each `[pairs, 2]` seconds a step; a pair is of `steps` steps."""
+    taken = np.concatenate(rounds)
     ratios = taken[:, 1] / taken[:, 0]
     low, median, high = np.percentile(ratios, [25, 50, 75]).tolist()
     bare, observed = taken.sum(0)
@@ -102,4 +110,5 @@ def _cost(taken: np.ndarray, steps: int) -> Cost:
         extra_ms=float(np.median(taken[:, 1] - taken[:, 0]) * 1e3),
         pairs=len(taken),
         steps=steps,
+        rounds=tuple(float(np.median(one[:, 1] / one[:, 0])) for one in rounds),
     )

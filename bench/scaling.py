@@ -26,7 +26,7 @@ import torch
 from machine import machine
 from overhead_census import held_bytes
 from overhead_loop import Loop
-from overhead_measure import compare, warm_up
+from overhead_measure import compare, cost_of, warm_up
 from overhead_options import modes_of, scratch, silence
 from overhead_tools import KEPT, record
 from overhead_workloads import Tiny, Workload
@@ -80,7 +80,7 @@ def point(layers: int, capacity: int, batch: int, options: argparse.Namespace, f
     try:
         warm_up((bare, observed), options.warm_up, options.seconds)
         taken_us.clear()
-        cost = compare(bare, observed, options.pairs, options.seconds)
+        cost = cost_of([compare(bare, observed, options.pairs, options.seconds)], 1)
         taps = observed.tool.read()
     finally:
         observed.tool.close()

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,22 +51,27 @@ _KINDS = {
 @functools.cache
 def library() -> Any:
     """The compiled kernel, by ctypes; None where it could not be compiled, which the log says."""
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
-    if compiler is None:
-        log.info("no C++ compiler (%s): on the CPU nobs measures with torch's operations, which is slower", ", ".join(names))
-        return None
     try:
         with tempfile.TemporaryDirectory(prefix="nobs-") as folder:
-            return _typed(ctypes.CDLL(str(_compiled(compiler, Path(folder) / "kernel.so"))))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            return _typed(ctypes.CDLL(str(_compiled(_compiler(), Path(folder) / "kernel.so"))))
+    except (OSError, ValueError, subprocess.SubprocessError, AttributeError) as error:
         log.info("no kernel: on the CPU nobs measures with torch's operations, which is slower", exc_info=error)
         return None
 
 
-def _compiled(compiler: str, target: Path) -> Path:
+def _compiler() -> list[str]:
+    """The command of the compiler; `CXX` may hold options too."""
+    given = os.environ.get("CXX", "").strip()
+    commands = [shlex.split(given)] if given else [[name] for name in _COMPILERS]
+    for command in commands:
+        if shutil.which(command[0]):
+            return command
+    raise FileNotFoundError(f"no C++ compiler ({', '.join(map(shlex.join, commands))})")
+
+
+def _compiled(compiler: Sequence[str], target: Path) -> Path:
     for flags in _FLAGS:
-        command = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", *flags, str(_SOURCE), "-o", str(target)]
+        command = [*compiler, "-O3", "-std=c++17", "-shared", "-fPIC", *flags, str(_SOURCE), "-o", str(target)]
         last = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
         if last.returncode == 0:
             return target

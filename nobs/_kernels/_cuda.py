@@ -1,6 +1,6 @@
 """The kernels for tensors on a CUDA device, in Triton, which torch brings along there.
 
-A tensor is read by up to `_PROGRAMS` programs. Each leaves seven partial sums in a scratch; the one that is done last adds
+A tensor is read by up to `_PROGRAMS` programs. Each leaves six partial sums in a scratch; the one that is done last adds
 them up and folds the line, so that a tap is one launch. Parameters and their gradients are read all together, by two.
 """
 
