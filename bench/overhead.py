@@ -5,10 +5,10 @@
     python bench/overhead.py --json FILE                       # the raw figures, with machine, versions and commit
     python bench/overhead.py --quick                           # toys and few pairs: does everything run?
 
-One process; each cell makes two models with the same weights, one bare and one with the tool, and trains both, step by step in
-turn, the order changing from pair to pair; four times over, as the memory that a model gets makes it faster or slower too. On
-CUDA the headline is of blocks of steps without waiting in between, as there the host runs ahead of the device; single steps are in
-the JSON. A tool that cannot run says why, and the rest goes on.
+One process; each cell makes two models with the same weights, one bare and one with the tool, and trains both, step by step
+in turn, the order changing from pair to pair; four times over, as the memory that a model gets makes it faster or slower too.
+On CUDA the headline is of blocks of steps without waiting in between, as there the host runs ahead of the device; single steps
+are in the JSON. A tool that cannot run says why, and the rest goes on.
 
 `+ms`: what a step gets slower by; `us/tap`: the same per tensor that the tool is to read; `x read`: the same over one `torch.sum`
 of each of these tensors; `seen`: readings that it took in a step; `asks`: how often the host asked for a number that the
