@@ -4,9 +4,10 @@ Every column is kept so that the maximum of two lines is their fold: `zeros` and
 stored negated until the host decodes them. The maximum is idempotent, so a layer that runs a second time under activation
 checkpointing changes nothing, and micro-batches combine to the worst of the step.
 
-Here it is said in torch's operations, twice, tested to agree with each other and with the kernels, which are faster (`_kernels`).
-`_in_graph` has no branch on data and never waits for the device: it is what a graph holds where there is no kernel. `_on_host`, for
-CPU tensors where no compiler was found, counts non-finite values only where the sum of squares says there are any.
+Here it is said in torch's operations, twice, tested to agree with each other and with the kernels, which are faster
+(`_kernels`). `_in_graph` has no branch on data and never waits for the device: it is what a graph holds where there is no
+kernel. `_on_host`, for CPU tensors where no compiler was found, counts non-finite values only where the sum of squares says
+there are any.
 """
 
 from __future__ import annotations

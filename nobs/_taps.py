@@ -4,8 +4,9 @@ A tap folds the line of a tensor into a slot, and later that of its gradient int
 nothing is put in its place, and its gradient is read by a hook on the node that made it. So a write to the tensor, or to
 another name of its memory, reaches every gradient that it reaches without nobs.
 
-In a graph the whole tap is one operator, which Dynamo takes as it is. AOTAutograd then finds the kernel in it (or the arithmetic,
-where there is none), and, when it runs the backward to trace it, the hook: both become part of the graph, on every torch from 2.7.
+In a graph the whole tap is one operator, which Dynamo takes as it is. AOTAutograd then finds the kernel in it (or the
+arithmetic, where there is none), and, when it runs the backward to trace it, the hook: both become part of the graph, on every
+torch from 2.7.
 """
 
 from __future__ import annotations
