@@ -22,7 +22,7 @@ in sixteenths behind the point (see DTYPES), and infinity where the tap did not 
 order: before the point it has TRAINED where it asks for a gradient, and 1 where it is frozen.
 """
 
-TRAINED = 2.0
+TRAINED = 2
 
 NORM, ABSMAX, NAN, POSINF, NEGINF, ZEROS, ELEMENTS, FIRST = range(len(COLUMNS))
 

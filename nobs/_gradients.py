@@ -193,7 +193,7 @@ class GradientWatch:
         if tensor is not None:
             if watched.floor is not None:  # a later backward of the same update has overwritten it
                 self._row.values[line].copy_(watched.floor)
-            readings.append((tensor, line, 1.0, watched.floor is None))
+            readings.append((tensor, line, 1, watched.floor is None))
 
     def settle(self) -> None:
         """Take back the readings that came behind an update and led to none; before the row is sent."""
@@ -212,7 +212,7 @@ class GradientWatch:
         watched.valued = self._row.blanks
         tensor = _measurable(parameter)
         if tensor is not None:
-            readings.append((tensor, watched.line, TRAINED if parameter.requires_grad else 1.0, True))
+            readings.append((tensor, watched.line, TRAINED if parameter.requires_grad else 1, True))
 
 
 def _parameters_of(optimizers: list[torch.optim.Optimizer]) -> set[int]:
@@ -223,4 +223,8 @@ def _measurable(tensor: Tensor) -> Tensor | None:
     """What there is to measure of a parameter or a gradient."""
     if tensor.layout == torch.sparse_coo:  # Embedding(sparse=True): the rows that were looked up
         tensor = tensor.coalesce().values()
-    return tensor if readable(tensor) and _stats.measurable(tensor) else None
+    plain = type(tensor) in _PLAIN and not tensor.is_meta  # no wrapper; and a batch of gradients never accumulates
+    return tensor if (plain or readable(tensor)) and _stats.measurable(tensor) else None
+
+
+_PLAIN = (Tensor, nn.Parameter)

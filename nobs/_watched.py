@@ -40,7 +40,8 @@ class Watched:
 
     def now(self) -> Tensor | None:
         """The same, if it has memory: a lazy one has none until its layer has run."""
-        parameter = self.held()
+        layer = self.layer()
+        parameter = None if layer is None else layer._parameters.get(self.name)
         return None if parameter is None or is_lazy(parameter) else parameter
 
     def updated(self, parameter: Tensor) -> bool:

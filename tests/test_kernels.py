@@ -157,7 +157,7 @@ def test_every_half_value():
     for dtype in (torch.float16, torch.bfloat16):
         values = words.view(dtype)
         row = _stats.blank(1 << 16, "cpu")
-        readings = [(values[i : i + 1], i, 1.0, True) for i in range(1 << 16)]
+        readings = [(values[i : i + 1], i, 1, True) for i in range(1 << 16)]
         assert _cpu.fold_all(row, readings)
         size = values.double().abs()
         finite = size.isfinite()
@@ -174,7 +174,7 @@ def test_values_that_are_not_there():
     line = _stats.blank(1, "cpu")[0]
     nothing = torch._efficientzerotensor((3,))
     assert not _cpu.fold(nothing, line, None)
-    assert not _cpu.fold_all(line.unsqueeze(0), [(nothing, 0, 1.0, True)])
+    assert not _cpu.fold_all(line.unsqueeze(0), [(nothing, 0, 1, True)])
     _kernels.fold(nothing, line)
     assert float(line[5]) == -1
 
@@ -183,7 +183,7 @@ def test_a_line_that_is_not_fresh_folds():
     """What an earlier update of the step used stands beside what a later one does."""
     row = _stats.blank(2, "cpu")
     row[:, NORM] = 7
-    _kernels.fold_all(row, [(torch.ones(1), 0, 1.0, True), (torch.ones(1), 1, 1.0, False)])
+    _kernels.fold_all(row, [(torch.ones(1), 0, 1, True), (torch.ones(1), 1, 1, False)])
     assert row[:, NORM].tolist() == [1, 7]
 
 
@@ -192,7 +192,7 @@ def test_a_tensor_on_another_device_is_an_error_and_no_crash():
     with pytest.raises((RuntimeError, NotImplementedError)):
         _kernels.fold(torch.ones(3, device="meta"), _stats.blank(1, "cpu")[0])
     with pytest.raises((RuntimeError, NotImplementedError)):
-        _kernels.fold_all(_stats.blank(1, "cpu"), [(torch.ones(3, device="meta"), 0, 1.0, True)])
+        _kernels.fold_all(_stats.blank(1, "cpu"), [(torch.ones(3, device="meta"), 0, 1, True)])
 
 
 @pytest.mark.gpu
@@ -209,7 +209,7 @@ def test_triton_says_what_torch_says(dtype):
             row = _stats.blank(2, "cuda")
             clock = torch.zeros(1, device="cuda")
             _kernels.fold(x, row[0], clock)
-            _kernels.fold_all(row, [(x, 1, 1.0, True)])
+            _kernels.fold_all(row, [(x, 1, 1, True)])
             expected = torch.maximum(_stats.blank(1, "cpu")[0], _stats.measure(x.cpu(), 1))
             for line in row.cpu():
                 torch.testing.assert_close(line, expected, rtol=2e-6, atol=0, equal_nan=True)
@@ -223,7 +223,7 @@ def test_one_launch_a_tap_and_two_for_all_parameters():
     """As the profiler counts them."""
     assert _cuda.library() is not None
     x, row = torch.randn(1 << 20, device="cuda"), _stats.blank(3, "cuda")
-    readings = [(x, 0, 1.0, True), (x[:100], 1, 1.0, True)]
+    readings = [(x, 0, 1, True), (x[:100], 1, 1, True)]
     for _ in range(2):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             _kernels.fold(x, row[2])

@@ -72,7 +72,7 @@ def fold_all(row: Tensor, readings: Sequence[Reading]) -> None:
     if not readings:
         return
     kernel = _KERNELS.get(row.device.type)
-    if kernel is not None and all(tensor.device == row.device for tensor, *_ in readings) and kernel.fold_all(row, readings):
+    if kernel is not None and kernel.fold_all(row, readings):
         return
     with _FOLDING, torch.no_grad():
         for tensor, line, first, fresh in readings:

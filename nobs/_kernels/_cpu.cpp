@@ -192,13 +192,13 @@ extern "C" void nobs_fold(const void* data, int64_t count, int32_t kind, float d
   for (int i = 0; i < 8; i++) raise(line + i, float(m[i]));
 }
 
-// The same for many tensors, one after the other: parameters, or their gradients. A `fresh` line forgets what it held.
-extern "C" void nobs_fold_all(int32_t tensors, const int64_t* data, const int64_t* counts, const int32_t* kinds, const float* dtypes,
-                              const float* firsts, const int32_t* lines, const uint8_t* fresh, int32_t threads, float* row) {
+// The same for many tensors, one after the other: parameters, and their gradients. Six numbers each: where, how many elements, the
+// line, what stands for its place in the order, kind + 8 * dtype, and whether the line is fresh: it forgets what it held.
+extern "C" void nobs_fold_all(int32_t tensors, const int64_t* readings, int32_t threads, float* row) {
   static const float blank[8] = {0, 0, 0, 0, 0, -1, 0, -INFINITY};
-  for (int32_t i = 0; i < tensors; i++) {
-    float* line = row + 8 * int64_t(lines[i]);
-    if (fresh[i]) std::memcpy(line, blank, sizeof blank);
-    nobs_fold(reinterpret_cast<const void*>(data[i]), counts[i], kinds[i], dtypes[i], threads, line, nullptr, firsts[i]);
+  for (const int64_t* r = readings; r < readings + 6 * int64_t(tensors); r += 6) {
+    float* line = row + 8 * r[2];
+    if (r[5]) std::memcpy(line, blank, sizeof blank);
+    nobs_fold(reinterpret_cast<const void*>(r[0]), r[1], int32_t(r[4] % 8), float(r[4] / 8), threads, line, nullptr, float(r[3]));
   }
 }

@@ -81,7 +81,7 @@ def _compiled(compiler: Sequence[str], target: Path) -> Path:
 def _typed(native: Any) -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_float
     native.nobs_fold.argtypes = (pointer, ctypes.c_int64, ctypes.c_int32, number, ctypes.c_int32, pointer, pointer, number)
-    native.nobs_fold_all.argtypes = (ctypes.c_int32, *(pointer,) * 7, ctypes.c_int32, pointer)
+    native.nobs_fold_all.argtypes = (ctypes.c_int32, pointer, ctypes.c_int32, pointer)
     native.nobs_fold.restype = native.nobs_fold_all.restype = None
     return native
 
@@ -118,17 +118,18 @@ def fold(x: Tensor, line: Tensor, clock: Tensor | None) -> bool:
 def fold_all(row: Tensor, readings: Sequence[Reading]) -> bool:
     """The same for many tensors, each into its line of the row, in one call."""
     native = library()
-    given, lines, firsts, fresh = zip(*readings, strict=True)
-    dtypes = [x.dtype for x in given]
-    if native is None or not all(map(_KINDS.__contains__, dtypes)):
+    if native is None:
         return False
-    kinds, codes = zip(*map(_KINDS.__getitem__, dtypes), strict=True)
-    tensors = list(map(in_memory_order, given))  # kept until the kernel has read them
-    data = [x.data_ptr() for x in tensors]
-    counts = [x.numel() for x in tensors]
-    if 0 in data and any(at == 0 and count > 0 for at, count in zip(data, counts, strict=True)):
-        return False
-    columns = ((data, "q"), (counts, "q"), (kinds, "i"), (codes, "f"), (firsts, "f"), (lines, "i"), (fresh, "b"))
-    arrays = [array(code, values) for values, code in columns]
-    native.nobs_fold_all(len(readings), *(a.buffer_info()[0] for a in arrays), torch.get_num_threads(), row.data_ptr())
+    numbers, kept = array("q"), []  # the tensors are kept until the kernel has read them
+    for given, line, first, fresh in readings:
+        known = _KINDS.get(given.dtype)
+        if known is None or not given.is_cpu:
+            return False
+        x = in_memory_order(given)
+        at, count = x.data_ptr(), x.numel()
+        if at == 0 and count > 0:
+            return False
+        kept.append(x)
+        numbers.extend((at, count, line, first, known[0] + 8 * known[1], fresh))
+    native.nobs_fold_all(len(kept), numbers.buffer_info()[0], torch.get_num_threads(), row.data_ptr())
     return True

@@ -107,7 +107,8 @@ def fold_all(row: Tensor, readings: Sequence[Reading]) -> bool:
     """The same for many tensors, each into its line of the row: two launches for each dtype."""
     kernels = library()
     dtypes = [reading[0].dtype for reading in readings]
-    if kernels is None or not all(map(_READ.__contains__, dtypes)):
+    there = all(reading[0].device == row.device for reading in readings)
+    if kernels is None or not there or not all(map(_READ.__contains__, dtypes)):
         return False
     for dtype in dict.fromkeys(dtypes):
         _fold_alike(kernels, row, dtype, [reading for reading in readings if reading[0].dtype == dtype])
@@ -142,7 +143,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _plan(
-    counts: tuple[int, ...], lines: tuple[int, ...], firsts: tuple[float, ...], fresh: tuple[bool, ...], device: torch.device
+    counts: tuple[int, ...], lines: tuple[int, ...], firsts: tuple[int, ...], fresh: tuple[bool, ...], device: torch.device
 ) -> _Plan:
     """Of each chunk its tensor; of each tensor its first chunk (and behind the last, their number); and room for their sums."""
     each = [-(-count // _CHUNK) for count in counts]

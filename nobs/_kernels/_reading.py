@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Reading = tuple[Tensor, int, float, bool]
+Reading = tuple[Tensor, int, int, bool]
 """A tensor to be measured, the line of the row where its statistics go, what stands for its place in the order of execution,
 and whether the line forgets what it held; else the two fold. No class: there is one for each parameter at each step.
 """
