@@ -10,7 +10,6 @@ box and with one that does not, step by step in turn; ratios are of the whole st
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from overhead import machine  # beside this file
+from machine import machine, save  # beside this file
 from torch import nn
 
 import nobs
@@ -161,8 +160,7 @@ def main() -> int:
     for t in trained:
         ratios = "".join(f"{m:10.3f} ({a:.3f} to {b:.3f})" for a, m, b in (t["step_ratio"], t["recorder_step_ratio"]))
         print(f"{t['layers']:6}{ratios}{t['step_ms'][0]:9.2f} ms")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "writing": written, "training": trained}, indent=1) + "\n")
+    save(options.json, machine(), writing=written, training=trained)
     return 0
 
 

@@ -33,7 +33,7 @@ from fault_peers import PEERS, Alarm, all_peers
 from fault_runs import Case, cases, train
 from fault_score import Outcome, departs, judged, record, score
 from fault_table import FAULTS, nothing
-from overhead import machine
+from machine import machine
 
 
 def twin_of(case: Case, longest: int) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 import time
@@ -30,6 +31,12 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def save(path: Path | None, about: dict, **figures: object) -> None:
+    """Write figures as JSON, with what they were taken on; nothing where no file is asked for."""
+    if path is not None:
+        path.write_text(json.dumps({"machine": about, **figures}, indent=1) + "\n")
 
 
 def installed(package: str) -> str | None:

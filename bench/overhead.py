@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import traceback
 import warnings
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import installed, machine
+from machine import installed, machine, save
 from overhead_census import asks_of, graphs_of, held_bytes, peak_bytes, reads_of, step_call_waits
 from overhead_loop import Attached, Job, Loop
 from overhead_measure import BLOCK, compare, compare_blocks, cost_of, warm_up
@@ -200,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{about['gpu'] or about['processor']}, {about['threads']} threads, torch {about['torch']}, commit {about['commit']}")
     with scratch() as folder:
         done = list(cells(options, folder, lambda text: print(text, flush=True)))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "device": options.device, "cells": done}, indent=1) + "\n")
+    save(options.json, about, device=options.device, cells=done)
     return 0
 
 

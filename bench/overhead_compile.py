@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from machine import installed, machine
+from machine import installed, machine, save
 from overhead_census import graphs_of
 from overhead_loop import Loop
 from overhead_measure import time_s
@@ -116,8 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, about = parser.parse_args(words), machine()
     with scratch():
         done = list(cells(options, lambda text: print(text, flush=True)))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "device": options.device, "cells": done}, indent=1) + "\n")
+    save(options.json, about, device=options.device, cells=done)
     return 0
 
 

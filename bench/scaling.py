@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 import warnings
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, save
 from overhead_census import held_bytes
 from overhead_loop import Loop
 from overhead_measure import compare, cost_of, warm_up
@@ -141,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = machine()
     with scratch() as folder:
         done = list(tables(options, folder, lambda text: print(text, flush=True)))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "mode": options.mode, "rows": done}, indent=1) + "\n")
+    save(options.json, about, mode=options.mode, rows=done)
     return 0
 
 

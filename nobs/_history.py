@@ -28,11 +28,10 @@ def bad_counts(values: Floats, table: TapTable) -> Floats:
     values = np.asarray(values, dtype=np.float64)
     ran = np.isfinite(values[..., FIRST])
     outputs, parameters = table.of_kind[OUTPUT], table.of_kind[PARAMETER]
-    trained = np.where(table.gradients >= 0, ran[..., table.gradients], False)
     with np.errstate(invalid="ignore"):  # a dump may hold any floats
         counts = STATISTICS["nonfinite"](values)
         counts[..., outputs] -= values[..., outputs, NEGINF]
-        counts[..., parameters] -= np.where(trained, 0, values[..., parameters, NEGINF])
+        counts[..., parameters] -= np.where(table.with_gradient(ran), 0, values[..., parameters, NEGINF])
     return np.where(ran, np.nan_to_num(counts), 0)
 
 

@@ -70,6 +70,10 @@ class TapTable:
         taps = [self.taps[i] for i in self.of_kind[PARAMETER]]
         return np.array([self.lines.get((tap.layer, f"{tap.site}.grad"), -1) for tap in taps], dtype=np.intp)
 
+    def with_gradient(self, ran: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Of which taps ran, `[..., taps]`: which parameters have a gradient, in the order of `of_kind`."""
+        return np.where(self.gradients >= 0, ran[..., self.gradients], False)
+
     @cached_property
     def trained_layers(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
         """For each gradient of a parameter, in the order of `of_kind`: the parameter's line, the output's of its layer, and a

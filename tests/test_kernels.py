@@ -56,6 +56,13 @@ def test_without_a_compiler_torch_measures(uncompiled, caplog):
     torch.testing.assert_close(torch.from_numpy(fast.values), torch.from_numpy(slow.values), rtol=1e-5, atol=0, equal_nan=True)
 
 
+def test_a_run_that_is_disabled_compiles_nothing(uncompiled, monkeypatch):
+    """NOBS_DISABLE=1: nothing will ever be measured."""
+    monkeypatch.setenv("NOBS_DISABLE", "1")
+    nobs.Recorder(nobs.instrument(Images()))
+    assert _cpu.library.cache_info().currsize == 0
+
+
 @pytest.mark.parametrize("compiler", ["/bin/false", "/bin/true", "'"])
 def test_a_compiler_that_fails_ends_nothing(compiler, uncompiled, monkeypatch, caplog):
     """It says no, or says yes and writes nothing, or nobody can tell what it is."""

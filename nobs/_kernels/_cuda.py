@@ -171,7 +171,7 @@ _captured: list[Tensor] = []
 
 def _sent(addresses: list[int], device: torch.device) -> Tensor:
     """The addresses on the device, sent without waiting."""
-    host = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
         _captured.append(host)
     return host.to(device, non_blocking=True)

@@ -15,8 +15,6 @@ def in_memory_order(x: Tensor) -> Tensor:
     """The same values without gaps. Their order is no matter: a dense tensor, however permuted, is not copied."""
     if x.is_contiguous() and not x.is_neg() and not x.is_complex():
         return x
-    x = x.detach()
-    x = (
-        torch.view_as_real(x.resolve_conj()) if x.is_complex() else x.resolve_neg()
-    )  # `z.conj().imag` has the sign of z's in memory
+    x = x.detach().resolve_conj().resolve_neg()  # in memory `z.conj()` is z, and `z.conj().imag` has the sign of z's
+    x = torch.view_as_real(x) if x.is_complex() else x
     return x if x.is_contiguous() else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).contiguous()

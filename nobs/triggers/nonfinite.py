@@ -59,9 +59,8 @@ class NonFinite:
     def bounds(self, state: Any, row: Row, bounds: Bounds) -> bool:
         """A sieve lets no count through but of masks: in outputs that have had one, and in parameters that have no gradient."""
         outputs, parameters = row.table.of_kind[OUTPUT], row.table.of_kind[PARAMETER]
-        gradients, ran = row.table.gradients, np.isfinite(row.values[:, FIRST])
         bounds.masked[outputs] = np.isinf(state["clean"])
-        bounds.masked[parameters] = ~np.where(gradients >= 0, ran[gradients], False)
+        bounds.masked[parameters] = ~row.table.with_gradient(np.isfinite(row.values[:, FIRST]))
         return bool(state["overflows"] == 0)
 
     def learned(self, state: Any, block: Block) -> Any:
