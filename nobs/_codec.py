@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ._columns import COLUMNS, FIRST
-from ._history import History, Layer
+from ._history import History, Layer, Site
 from ._schema import Failure, Report
 
 FORMAT = "nobs.report"
@@ -121,8 +121,12 @@ def plain_failure(failure: Failure) -> dict[str, Any]:
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
-    sites = {name: {"dtype": site.dtype, "elements": site.elements} for name, site in layer.sites.items()}
+    sites = {name: _site(site) for name, site in layer.sites.items()}
     return {"name": layer.name, "type": layer.type, "order": layer.order, "sites": sites}
+
+
+def _site(site: Site) -> dict[str, Any]:
+    return {"dtype": site.dtype, "elements": site.elements} | ({"shard": vars(site.shard)} if site.shard else {})
 
 
 def _series(history: History) -> dict[str, dict[str, dict[str, list[float | str | None]]]]:

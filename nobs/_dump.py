@@ -42,4 +42,5 @@ def header_of(ring: RingBuffer, triggers: Sequence[Trigger]) -> Header:
         table=ring.row.table,
         triggers=tuple(settings_of(trigger) for trigger in triggers),
         process=this_process(),
+        shards=dict(ring.row.shards),
     )

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from . import _kernels, _stats
 from ._columns import TRAINED
 from ._kernels import Reading
+from ._local import local, shard_of
 from ._onlookers import readable, unseen
 from ._row import FIRST_TAP_LINE, LiveRow
+from ._table import WHOLE
 from ._watched import Watched, version_of
 
 
@@ -189,11 +191,19 @@ class GradientWatch:
             watched.floor = self._row.values[line].clone()
             self._unsettled.append(watched)
         watched.blanks, watched.version, watched.used = blanks, version_of(parameter), False
-        tensor = _measurable(gradient)
+        tensor = self._part(gradient, line)
         if tensor is not None:
             if watched.floor is not None:  # a later backward of the same update has overwritten it
                 self._row.values[line].copy_(watched.floor)
             readings.append((tensor, line, 1, watched.floor is None))
+
+    def _part(self, tensor: Tensor, line: int) -> Tensor | None:
+        """What there is to measure of a tensor on this rank; which part of it that is goes into the row."""
+        part = _measurable(tensor)
+        if part is not None and part is not tensor and (shard := shard_of(tensor)) != WHOLE:
+            tap = self._row.table.taps[line - FIRST_TAP_LINE]
+            self._row.shards[tap.layer, tap.site] = shard
+        return part
 
     def settle(self) -> None:
         """Take back the readings that came behind an update and led to none; before the row is sent."""
@@ -210,7 +220,7 @@ class GradientWatch:
 
     def _read_value(self, watched: Watched, parameter: Tensor, readings: list[Reading]) -> None:
         watched.valued = self._row.blanks
-        tensor = _measurable(parameter)
+        tensor = self._part(parameter, watched.line)
         if tensor is not None:
             readings.append((tensor, watched.line, TRAINED if parameter.requires_grad else 1, True))
 
@@ -220,7 +230,8 @@ def _parameters_of(optimizers: list[torch.optim.Optimizer]) -> set[int]:
 
 
 def _measurable(tensor: Tensor) -> Tensor | None:
-    """What there is to measure of a parameter or a gradient."""
+    """What there is to measure of a parameter or a gradient on this rank."""
+    tensor = local(tensor)
     if tensor.layout == torch.sparse_coo:  # Embedding(sparse=True): the rows that were looked up
         tensor = tensor.coalesce().values()
     plain = type(tensor) in _PLAIN and not tensor.is_meta  # no wrapper; and a batch of gradients never accumulates

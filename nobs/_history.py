@@ -16,7 +16,7 @@ from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, NEGINF, OUTPUT, PARAMETE
 from ._names import safe_text
 from ._order import execution_order
 from ._readings import Readings
-from ._table import TapTable
+from ._table import Shard, TapTable
 from .errors import UnknownLayer, explain
 
 
@@ -81,10 +81,12 @@ def _three(key: object) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Site:
-    """What a site held: `dtype` by name (None: not known) and the number of `elements` (the most in any call)."""
+    """What a site held: `dtype` by name (None: not known), the number of `elements` (the most in any call), and which part of
+    the whole that is, where ranks share it (None: all of it)."""
 
     dtype: str | None
     elements: int
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class History:
 
     `steps` int64 `[T]`; `times_s` float64 `[T]` (Unix time, NaN where not known); `values` float32 `[T, taps, 8]`;
     `scalars[name]` float64 `[T]`, NaN where it was not given; `given[name]` bool `[T]`, which tells that NaN from a loss
-    that was NaN; `batches` the text that named each batch.
+    that was NaN; `batches` the text that named each batch; `shards[layer, site]` which part of a parameter, or of its gradient,
+    this rank holds, where others hold the rest.
     """
 
     steps: NDArray[np.int64]
@@ -113,13 +116,14 @@ class History:
     given: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     batches: tuple[str | None, ...] = ()
     times_s: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    shards: Mapping[tuple[str, str], Shard] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.times_s) != len(self.steps):
             object.__setattr__(self, "times_s", np.full(len(self.steps), np.nan))
 
     @staticmethod
-    def of(rows: Sequence[Row], table: TapTable) -> History:
+    def of(rows: Sequence[Row], table: TapTable, shards: Mapping[tuple[str, str], Shard] | None = None) -> History:
         """Stack rows. Copies them: the ring goes on writing."""
         names = list(dict.fromkeys(name for row in rows for name in row.scalars))
         return History(
@@ -130,6 +134,7 @@ class History:
             given={n: np.array([n in row.scalars for row in rows], dtype=np.bool_) for n in names},
             batches=tuple(None if row.batch is None else safe_text(row.batch) for row in rows),
             times_s=np.array([row.time_s for row in rows], dtype=np.float64),
+            shards=dict(shards or {}),
         )
 
     def __len__(self) -> int:
@@ -204,5 +209,6 @@ class History:
             if len(ran):
                 code = round(float(ran[-1, FIRST] % 1) * 16)
                 dtype = DTYPES[code] if 0 < code < len(DTYPES) else None
-                sites[self.table.taps[line].site] = Site(dtype, int(ran[:, ELEMENTS].max()))
+                tap = self.table.taps[line]
+                sites[tap.site] = Site(dtype, int(ran[:, ELEMENTS].max()), self.shards.get((tap.layer, tap.site)))
         return sites

@@ -12,7 +12,7 @@ from ._codec import FORMAT, SAVED, UPGRADES, VERSION
 from ._columns import COLUMNS, DTYPES, ELEMENTS, FIRST, KINDS, OUTPUT, PARAMETER, Floats
 from ._history import History
 from ._schema import CAUSES, Failure, Finding, Report
-from ._table import Tap, TapTable
+from ._table import Shard, Tap, TapTable
 from .errors import UnreadableDump, explain
 
 
@@ -102,11 +102,14 @@ def _history(data: dict[str, Any]) -> History:
     steps = np.array([checked.whole(step) for step in data["steps"]], dtype=np.int64)
     taps: list[Tap] = []
     lines: list[Floats] = []
+    shards: dict[tuple[str, str], Shard] = {}
     for layer in data["layers"]:
         series = data["series"].get(layer["name"], {})
         for site, facts in layer["sites"].items():
             taps.append(Tap(checked.text(layer["name"]), checked.text(layer["type"]), checked.text(site), _kind(site)))
             lines.append(_line(series.get(site, {}), facts, layer["order"], len(steps)))
+            if "shard" in facts:
+                shards[layer["name"], site] = shard_from(facts["shard"])
         if not layer["sites"]:  # it never ran, and stands in the list all the same
             taps.append(Tap(checked.text(layer["name"]), checked.text(layer["type"]), OUTPUT, OUTPUT))
             lines.append(_line({"norm": [None] * len(steps)}, {"elements": 0, "dtype": None}, None, len(steps)))
@@ -115,7 +118,16 @@ def _history(data: dict[str, Any]) -> History:
     given = {name: np.array([v is not None for v in column], dtype=np.bool_) for name, column in data["scalars"].items()}
     named = checked.as_long(data.get("batches") or [None] * len(steps), len(steps))
     times_s = checked.numbers(data.get("times_s") or [None] * len(steps), len(steps))
-    return History(steps, TapTable(tuple(taps)), values, scalars, given, tuple(map(checked.text_or_none, named)), times_s)
+    batches = tuple(map(checked.text_or_none, named))
+    return History(steps, TapTable(tuple(taps)), values, scalars, given, batches, times_s, shards)
+
+
+def shard_from(data: dict[str, Any]) -> Shard:
+    """Which part a rank holds, as JSON holds it."""
+    shard = Shard(checked.whole(data["index"]), checked.whole(data["of"]), bool(data["addend"]))
+    if not 0 <= shard.index < shard.of:
+        raise ValueError(f"part {shard.index} of {shard.of}")
+    return shard
 
 
 def _kind(site: str) -> str:

@@ -198,7 +198,7 @@ class RingBuffer:
         """The last `capacity` steps; with `wait=False` those of them that have arrived."""
         if wait:
             self.wait()
-        return History.of([row for _, row in self.rows()], self.row.table)
+        return History.of([row for _, row in self.rows()], self.row.table, self.row.shards)
 
     def report(self, reason: str, history: History) -> Report:
         """A report of the history with the facts of this run, without failure or findings."""

@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 from . import _kernels, _stats
 from ._columns import COLUMNS
 from ._layers import device_of, named_modules
-from ._table import TapTable
+from ._table import Shard, TapTable
 from .errors import BadSetting, explain
 
 SCALAR_LINES = 2
@@ -61,6 +61,7 @@ class LiveRow:
         stepped: the optimizers that have stepped since the last backward, by their id; `telling`: all that ever told so.
         broken: the error of nobs that ended the recording.
         owner: a weak reference to the ring that reads this row.
+        shards: which part of a parameter, or of its gradient, this rank holds, by layer and site, where others hold the rest.
         written_scalars: the device scalars of the running step, and where they stand.
     """
 
@@ -76,6 +77,7 @@ class LiveRow:
         self.stepped: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self.telling: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self.owner: Callable[[], object] | None = None
+        self.shards: dict[tuple[str, str], Shard] = {}
         self.written_scalars: dict[str, tuple[int, int]] = {}
         self._pauses = 0
         self._idle = 0

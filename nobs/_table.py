@@ -28,6 +28,22 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which part of a tensor that is spread over ranks this rank holds: part `index` of `of` that do not overlap.
+
+    Ranks with the same index hold the same part. An `addend` is not a part but one term of a sum, which is not made yet: of it
+    no norm of the whole follows. A tensor without a shard is whole on its rank.
+    """
+
+    index: int
+    of: int
+    addend: bool = False
+
+
+WHOLE = Shard(0, 1)
+
+
+@dataclass(frozen=True)
 class TapTable:
     """The taps of a model in the order of their lines, and the ways to look them up."""
 

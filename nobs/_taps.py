@@ -25,6 +25,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
 from . import _kernels, _stats
+from ._local import local
 from ._onlookers import no_training, no_training_eagerly, readable, unseen
 from ._row import LiveRow
 
@@ -47,9 +48,10 @@ def tap_eagerly(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> None
     try:
         with torch._C.DisableTorchFunctionSubclass():  # a tensor type of the user's may answer as it likes
             for x in _tensors_in(output, []):
-                if readable(x):
+                part = local(x)
+                if readable(part):
                     with unseen():
-                        _kernels.fold(x, slot, row.clock)
+                        _kernels.fold(part, slot, row.clock)
                 inputs = _tensors_in(given, []) if x._is_view() else []
                 _on_gradient(x, inputs, partial(_fold_gradient_unseen, row, grad_slot))
     except Exception as error:
@@ -61,9 +63,10 @@ def _fold_gradient(row: LiveRow, slot: Tensor, gradient: Tensor) -> None:
     if not row.recording:  # the backward of a recorded forward, but inside `paused()`
         return
     try:
-        if readable(gradient) and _stats.measurable(gradient):  # it may be of another kind than its tensor
+        part = local(gradient)
+        if readable(part) and _stats.measurable(part):  # it may be of another kind than its tensor
             with unseen():
-                _kernels.fold(gradient, slot)
+                _kernels.fold(part, slot)
     except Exception as error:
         row.give_up(error)
 
@@ -77,18 +80,19 @@ def _fold_in_graph(x: Tensor, given: list[Tensor], slot: Tensor, grad_slot: Tens
 
     Whoever runs Dynamo's graph as it is (`backend="eager"`) calls it in each step, and the hook is one on the user's tensor.
     """
-    if isinstance(x, FakeTensor):
+    part = local(x)
+    if isinstance(part, FakeTensor):
         return  # Dynamo's: it asks what comes out, which is nothing, and through it no gradient ever comes
     # The device's own count of taps gives the order of execution, under compile too. In place: one clock a model. Without
     # gradients, as a write to the user's own buffer would be: the graph has no more to return than without nobs.
     with torch.no_grad():
-        _fold_traced(x, slot, clock)
+        _fold_traced(part, slot, clock)
     _save_unchecked(grad_slot)
 
     def fold(grad: Tensor) -> None:
         # No clock here: its count would not depend on the gradient, and the partitioner would move it into the forward.
         with torch.no_grad():
-            _fold_traced(grad, grad_slot, None)
+            _fold_traced(local(grad), grad_slot, None)
 
     _on_gradient(x, given, fold)
 

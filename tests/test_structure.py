@@ -21,7 +21,7 @@ FLOORS = [
     {"_readings"},
     {"_history"},
     {"_schema"},
-    {"_stats", "_layers", "_given", "_codec", "_case", "_link", "_checkpoint", "_sigterm", "_watched"},
+    {"_stats", "_layers", "_given", "_codec", "_case", "_link", "_checkpoint", "_sigterm", "_watched", "_local"},
     {"_kernels"},
     {"_row", "_launch", "_break", "_parse", "_difference"},
     {"_taps", "_gradients", "_update", "_ring", "_blackbox", "triggers", "diagnosis", "render", "export"},

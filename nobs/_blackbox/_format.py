@@ -6,16 +6,16 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import _checked as checked
 from .._codec import number, plain_failure
 from .._columns import COLUMNS, KINDS
 from .._names import safe_text
-from .._parse import failure_from
+from .._parse import failure_from, shard_from
 from .._schema import Failure
-from .._table import Tap, TapTable
+from .._table import Shard, Tap, TapTable
 from ._process import Process
 
 MAGIC = b"\x89nobsbox"
@@ -49,6 +49,7 @@ class Header:
     table: TapTable
     triggers: tuple[tuple[str, Mapping[str, object]], ...]
     process: Process
+    shards: Mapping[tuple[str, str], Shard] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def encode_header(header: Header) -> bytes:
         "taps": taps,
         "triggers": triggers,
         "process": vars(header.process),
+        "shards": [[layer, site, vars(shard)] for (layer, site), shard in header.shards.items()],
     }
     return json.dumps(data, allow_nan=False).encode()
 
@@ -172,6 +174,7 @@ def decode_header(raw: bytes) -> Header:
         table=TapTable(tuple(_tap(*tap) for tap in data["taps"])),
         triggers=tuple((checked.text(name), _settings(settings)) for name, settings in data["triggers"]),
         process=Process(checked.whole(process["pid"]), *(checked.text(process[k]) for k in ("host", "boot", "space", "started"))),
+        shards={(checked.text(layer), checked.text(site)): shard_from(shard) for layer, site, shard in data.get("shards", ())},
     )
 
 

@@ -196,7 +196,7 @@ class OpenBox:
         status = self.status()  # likewise: of a run that fails in between the row may be there and the failure not, but not
         records, damaged = self.records()  # the failure without its row
         kept = [record for record in records if record.number > records[-1].number - self.header.capacity]
-        history = History.of([record.row for record in kept], self.header.table)
+        history = History.of([record.row for record in kept], self.header.table, self.header.shards)
         return Recording(self.header, history, status, alive, damaged, sum(record.left_out for record in kept))
 
 
