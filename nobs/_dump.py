@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import _launch
+from . import _group, _launch
 from ._blackbox import Header, this_process
+from ._board import Alarm
 from ._history import History
 from ._log import complain
+from ._names import safe_text
 from ._ring import RingBuffer
-from ._schema import Failure, Report
+from ._schema import OTHER_RANK, Failure, Report
 from .diagnosis import diagnosed
 from .triggers import Trigger, settings_of
 
@@ -27,6 +29,27 @@ def report_of(ring: RingBuffer, reason: str, failure: Failure | None = None, exc
         complain("could not make a report", error)
         empty = History.of((), ring.row.table)
         return Report(empty, reason, "", _launch.installed_version(), failure, exception=exception)
+
+
+def report_of_called(ring: RingBuffer, alarm: Alarm) -> Report:
+    """The report of a rank that saw no failure itself, as far as the rank that called goes. Host memory only; never raises.
+
+    It is not diagnosed: what is wrong here came, most likely, with a reduction.
+    """
+    failure = Failure(OTHER_RANK, alarm.step, f"rank {alarm.rank} failed: {alarm.message}", detected_at=alarm.step)
+    try:
+        history = ring.history(wait=False).until(alarm.last)
+        return replace(ring.report("trigger", history), failure=failure)
+    except Exception as error:
+        complain("could not make a report", error)
+        empty = History.of((), ring.row.table)
+        return Report(empty, "trigger", "", _launch.installed_version(), failure)
+
+
+def alarm_of(ring: RingBuffer, what: str, step: int | None = None, *, stop: bool = True) -> Alarm:
+    """What the other ranks are to know of a failure; without a step it is an exception, which has left the loop."""
+    last = ring.last_step
+    return Alarm(_group.rank(), last if step is None else step, last, safe_text(what, 500), stop, gone=step is None)
 
 
 def header_of(ring: RingBuffer, triggers: Sequence[Trigger]) -> Header:

@@ -166,6 +166,19 @@ class History:
         lines = [i for i, tap in enumerate(self.table.taps) if tap.layer in wanted]
         return replace(self, table=TapTable(tuple(self.table.taps[i] for i in lines)), values=self.values[:, lines])
 
+    def until(self, step: int) -> History:
+        """The rows up to a step."""
+        there = self.steps <= step
+        return replace(
+            self,
+            steps=self.steps[there],
+            values=self.values[there],
+            scalars={name: column[there] for name, column in self.scalars.items()},
+            given={name: column[there] for name, column in self.given.items()},
+            batches=tuple(batch for batch, kept in zip(self.batches, there, strict=False) if kept),
+            times_s=self.times_s[there],
+        )
+
     def row_of(self, step: int | None) -> int | None:
         """The place of a step in `steps`, the last where a run went back to a checkpoint; None where it is not there."""
         if step is None:

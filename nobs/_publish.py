@@ -1,36 +1,19 @@
-"""A report on its way out: JSON, picture, terminal. Each by itself: what fails costs nothing of the rest, and nothing raises."""
+"""A report on its way to its files, JSON and picture: what fails of one costs nothing of the other, and nothing raises."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 from . import _codec
-from ._log import complain, say
-from ._names import safe_text
+from ._log import complain
 from ._schema import Report
 
 
-def publish(report: Report, run: Path) -> Path | None:
-    """Write the files, then print the report to stderr, on rank 0."""
-    path = write(report, run)
-    if report.rank != 0:
-        return path
-    try:
-        from .render.terminal import print_report  # not at import: a healthy run never needs rich
-
-        print_report(report, path, file=sys.stderr)
-    except Exception as error:
-        complain("could not print the report", error)
-        say(f"nobs: {safe_text(report.summary(), 1000)}; dump: {path}")
-    return path
-
-
-def write(report: Report, run: Path, name: str | None = None) -> Path | None:
-    """JSON, then PNG beside it; in the temporary folder where the run's cannot be written to. The path of the JSON.
+def write(report: Report, run: Path, name: str | None = None, *, picture: bool = True) -> Path | None:
+    """JSON, then PNG beside it if wanted; in the temporary folder where the run's cannot be written to. The path of the JSON.
 
     Args:
         name: of the file, without its suffix; else that of the rank.
@@ -42,7 +25,8 @@ def write(report: Report, run: Path, name: str | None = None) -> Path | None:
         except Exception as error:
             complain(f"could not write a dump to {base}", error)
             continue
-        _draw(report, path.with_suffix(".png"))
+        if picture:
+            _draw(report, path.with_suffix(".png"))
         return path
     return None
 

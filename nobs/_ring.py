@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from . import _codec, _launch, _stats
+from . import _codec, _group, _launch, _stats
 from ._columns import ABSMAX, COLUMNS, NORM
 from ._given import batch_name, checked_scalar
 from ._history import History, Row
@@ -128,6 +128,11 @@ class RingBuffer:
         """How many rows there were. Counted by the records, so that Ctrl-C between two lines leaves no half a count."""
         return self._records[-1].number + 1 if self._records else self._begun
 
+    @property
+    def last_step(self) -> int:
+        """The number of the newest row's step; 0 before the first."""
+        return self._records[-1].step if self._records else 0
+
     def _write_scalars(self, step: int, given: Mapping[str, Tensor | float | None], batch: object) -> _Record:
         """Numbers stay on the host; tensors on an accelerator go into the row, so that nobody asks for their value."""
         on_host: dict[str, float] = {}
@@ -181,7 +186,10 @@ class RingBuffer:
     def rows(self, since: int = 0) -> list[tuple[int, Row]]:
         """The rows in memory that have arrived, from a number on, each with its number; drained or not."""
         numbers = range(max(since, self._added - len(self._records)), self._added)
-        return [(n, self._read(n)) for n in numbers if n < self._drained or self._has_arrived(n)]
+        read = [(n, self._read(n)) for n in numbers if n < self._drained or self._has_arrived(n)]
+        # Another thread may ask (see `_lookout`) while rows are added: what has been written over since is left out.
+        oldest = self._records[0].number if self._records else 0
+        return [(n, row) for n, row in read if n >= oldest]
 
     def _has_arrived(self, number: int) -> bool:
         try:
@@ -207,8 +215,8 @@ class RingBuffer:
             reason=reason,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             nobs_version=_launch.installed_version(),
-            rank=_launch.rank(),
-            world_size=_launch.world_size(),
+            rank=_group.rank(),
+            world_size=_group.world_size(),
             run={
                 "torch": str(torch.__version__),
                 "device": str(self.row.values.device),

@@ -25,6 +25,10 @@ class Failure:
     detected_at: int | None = None
 
 
+OTHER_RANK = "OtherRank"
+"""The trigger of a failure that this rank did not see itself: another rank failed, and told it."""
+
+
 CAUSES = (
     "nonfinite_input", "nonfinite_forward", "nonfinite_backward", "nonfinite_weight", "overflow", "underflow",
     "gradient_explosion", "vanishing_gradient", "dead_layer", "weight_corruption", "optimizer_state", "learning_rate",
@@ -87,11 +91,15 @@ class Report:
         """Whether anything went wrong: what a trigger saw, an exception, a death, an order to stop, NaN that nobody judged."""
         return self.failure is not None or self.exception is not None or self.reason in _DEATHS or bool(self.findings)
 
+    @property
+    def what(self) -> str:
+        """What happened, in one line."""
+        return self.failure.message if self.failure else self.exception or REASONS.get(self.reason, self.reason)
+
     def summary(self) -> str:
         """The failure in one line, and the first finding behind it."""
-        what = self.failure.message if self.failure else self.exception or REASONS.get(self.reason, self.reason)
         if not self.findings:
-            return what
+            return self.what
         first = self.findings[0]
         where = f" in {first.layer}" if first.layer else ""
-        return f"{what} (cause: {first.cause}{where})"
+        return f"{self.what} (cause: {first.cause}{where})"

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _launch, _publish, triggers
-from ._blackbox import BlackBox, described
+from . import _announce, _group, _launch, _publish, triggers
+from ._blackbox import BlackBox
+from ._board import Alarm
 from ._checkpoint import packed, unpacked
-from ._dump import header_of, report_of
+from ._dump import alarm_of, header_of, report_of, report_of_called
+from ._ending import how_it_ended, is_clean_exit
 from ._given import checked_scalar
 from ._history import History
-from ._log import log
+from ._log import log, say
+from ._lookout import Lookout
 from ._names import safe_text
+from ._never_fatal import never_fatal
 from ._ring import RingBuffer
 from ._schema import Failure, Report
 from ._settings import box_folders, check, engine
 from ._sigterm import SigtermWatch
 from ._update import UpdateWatch
 from .errors import BadSetting, NobsError, NobsWarning, TrainingFailure, explain
-
-Result = TypeVar("Result")
-
-
-def _never_fatal(method: Callable[..., Result]) -> Callable[..., Result | None]:
-    """An error of nobs itself is logged once and ends the recording, never the run. Wrong calls do raise."""
-
-    @wraps(method)
-    def guarded(self: Recorder, *args: Any, **kwargs: Any) -> Result | None:
-        if self._broken:
-            return None
-        try:
-            return method(self, *args, **kwargs)
-        except NobsError:
-            raise
-        except Exception as error:
-            self._give_up(error)
-            return None
-
-    return guarded
 
 
 class Recorder:
@@ -105,40 +89,48 @@ class Recorder:
         self._engine = engine(triggers, self._update.optimizers)
         self._update.attach()
         self._ring.facts = self._update.facts()
-        run = _launch.run_name()
+        self._off = _launch.disabled()
+        board = None if self._off else _group.board()
+        run = _launch.run_name() if board is None else board.run_name(_launch.run_name())
         self._run_directory = Path(directory) / run
+        self._lookout = Lookout(board, _group.rank(), _group.world_size(), capacity, self._dump_called)
+        self._lookout.start()
         folders = box_folders(blackbox, self._run_directory)
         self._box = BlackBox(folders, partial(header_of, self._ring, self._engine.triggers), durable)
         self._on_failure = on_failure
         self._step = 0
         self._mute_until = 0
-        self._off = _launch.disabled()
         self._broken = self._off
+        self._leaving = False
         self._sigterm = SigtermWatch(self._dump_signal)
+        self._dumped: Path | None = None
         self.report = None
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, loss: Tensor | float, *, batch: object = None, **scalars: Tensor | float) -> None:
+    def step(self, loss: Tensor | float | None, *, batch: object = None, **scalars: Tensor | float) -> None:
         """Close the step that has just run. Call it once per optimizer step, anywhere behind `loss.backward()`.
 
         Args:
-            loss: a tensor with one element, on any device, or a number. It is not waited for.
+            loss: a tensor with one element, on any device, or a number. It is not waited for. None on a rank that has none: an
+                earlier stage of a pipeline.
             batch: whatever names the batch (indices, a file name); its text is in the report.
             scalars: further numbers of this step.
 
         Raises:
             BadLoss: the loss, or another scalar, is not a single number.
-            TrainingFailure: a trigger found this step, or an earlier one that has only now arrived, to have failed.
+            TrainingFailure: a trigger found this step, or an earlier one that has only now arrived, to have failed. With several
+                ranks all raise it behind the same step, which is a few steps later at most, so that none waits for another.
 
         Cost: a few kernel launches and a few NumPy calls. Never waits for the device.
         """
         if not self._broken:
-            given = {"loss": checked_scalar("loss", loss)}
+            given = {} if loss is None else {"loss": checked_scalar("loss", loss)}
             for name, value in scalars.items():
                 given[name] = checked_scalar(name, value)
             self._close_step(given, batch)
             self._judge()
+        self._heed()
 
     def skip(self) -> None:
         """Forget what ran since the last step, for a batch that you drop: behind `if not loss.isfinite(): continue`, say.
@@ -148,20 +140,22 @@ class Recorder:
         self._ring.row.blank()
         self._update.forget()
 
-    @_never_fatal
+    @never_fatal
     def _close_step(self, given: Mapping[str, Tensor | float], batch: object) -> None:
         if self._ring.row.broken is not None:
             raise self._ring.row.broken
-        self._ring.close_step(self._step, {"loss": given["loss"], **self._update.take(), **given}, batch)
+        self._leaving = False
+        self._ring.close_step(self._step, {"loss": given.get("loss"), **self._update.take(), **given}, batch)
         self._step += 1
 
     def _judge(self) -> None:
         """Show every row that has arrived to the triggers, in order; a lag of some rows is normal on an accelerator."""
         while (failure := self._next_failure()) is not None:
             if failure.step >= self._mute_until:
-                self._fail(replace(failure, detected_at=self._step - 1))
+                with self._sigterm.held():
+                    self._fail(replace(failure, detected_at=self._step - 1))
 
-    @_never_fatal
+    @never_fatal
     def _next_failure(self) -> Failure | None:
         for number, row in self._ring.arrivals():
             self._box.write(row, number)  # first: whatever happens to the process from here on, the row is there
@@ -180,7 +174,7 @@ class Recorder:
         self._wait()
         self._judge()
 
-    @_never_fatal
+    @never_fatal
     def _wait(self) -> None:
         self._ring.wait()
 
@@ -226,29 +220,63 @@ class Recorder:
 
     # -- failing ---------------------------------------------------------------------------------------------------
 
-    @_never_fatal
+    @never_fatal
     def dump(self, reason: str = "manual") -> Path | None:
         """Write the last steps as JSON and PNG now; the path of the JSON, None where no folder could be written to."""
-        path = _publish.write(report_of(self._ring, reason), self._run_directory)
-        self._box.tell(dump=str(path) if path else None)
-        return path
+        self._tell_dump(_publish.write(report_of(self._ring, reason), self._run_directory))
+        return self._dumped
 
     def _fail(self, failure: Failure) -> None:
         self._box.failed(failure, "running" if self._on_failure == "warn" else "failed")  # first: the dump may find no room
+        if self._lookout.heard:  # another rank was quicker: this one is dumped with it
+            return
+        self._lookout.call(alarm_of(self._ring, failure.message, failure.step, stop=self._on_failure != "warn"), self._step)
         self._wait()
         report = self._report("trigger", failure)
         self._mute_until = self._step + self._ring.capacity
-        if self._on_failure == "warn":
-            warnings.warn(f"training failed: {report.summary()}", NobsWarning, stacklevel=4)
-        else:
+        if not self._lookout.heard:  # else `_heed` does the rest
+            self._say_failed(report, 5)
+
+    def _say_failed(self, report: Report, stacklevel: int) -> None:
+        if self._on_failure != "warn":
+            self._leaving = True
             raise TrainingFailure(report)
+        warnings.warn(f"training failed: {report.summary()}", NobsWarning, stacklevel=stacklevel)
+
+    def _heed(self, last: bool = False) -> None:
+        """Do as an alarm asks, this rank's or another's: stop when all can (at once behind the last step), or warn."""
+        if not self._lookout.due(self._step, last):
+            return
+        with self._sigterm.held():
+            if self._on_failure != "warn":
+                self._box.tell(state="failed")
+            _announce.show_together(self._lookout, self.report, self._dumped, self._run_directory)
+        self._lookout.done()
+        self._mute_until = self._step + self._ring.capacity
+        if self.report is not None:
+            self._say_failed(self.report, 4)
+
+    def _dump_called(self, alarm: Alarm) -> None:
+        """Another rank failed: write what this one has. Called in the lookout's thread; host memory only."""
+        self.report = report = report_of_called(self._ring, alarm)
+        if report.failure is not None:
+            self._box.failed(report.failure, "running")
+        self._tell_dump(_publish.write(report, self._run_directory, picture=False))
+        if alarm.gone and report.rank == 0:
+            say(f"nobs: {report.summary()}; all ranks: nobs merge {self._run_directory}")
 
     def _report(self, reason: str, failure: Failure | None = None, exception: str | None = None) -> Report:
-        """Make the report, and publish it; wherever its files are, the black box knows."""
+        """Make the report, and write it; print it, if no other rank has a word in it."""
         self.report = report = report_of(self._ring, reason, failure, exception)
-        path = _publish.publish(report, self._run_directory)
-        self._box.tell(dump=str(path) if path else None)
+        self._tell_dump(_publish.write(report, self._run_directory))
+        if not self._lookout.heard:
+            _announce.show(report, self._dumped)
         return report
+
+    def _tell_dump(self, path: Path | None) -> None:
+        """Wherever the files of a report are, the black box knows."""
+        self._dumped = path
+        self._box.tell(dump=str(path) if path else None)
 
     def _give_up(self, error: Exception) -> None:
         """Stop recording for good, and say so once."""
@@ -264,17 +292,19 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if not self._off:
             self._update.attach()
+            self._lookout.start()
             self._sigterm.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if self._sigterm.in_child:  # a forked worker on its way out: it never writes
             return False
-        ended = _how_it_ended(error, self.report)
+        ended = how_it_ended(error, self.report)
         try:
             if error is None:
                 self.flush()
-            elif not isinstance(error, TrainingFailure) and not _is_clean_exit(error):
+                self._heed(last=True)
+            elif not isinstance(error, TrainingFailure) and not is_clean_exit(error):
                 self._box.tell(**ended)  # first: the dump may find no room
                 self._dump_escaped(ended["exception"])
         except TrainingFailure as failure:
@@ -286,7 +316,7 @@ class Recorder:
             self._close(ended)
         return isinstance(error, TrainingFailure) and error.report is self.report and self._on_failure == "stop"
 
-    @_never_fatal
+    @never_fatal
     def _dump_escaped(self, exception: str) -> None:
         """Dump what led to an exception, the half step that it ended included: its forward ran, and tells the most."""
         try:
@@ -294,34 +324,28 @@ class Recorder:
                 self._ring.close_step(self._step, self._update.take())
         except Exception:  # after a CUDA error nothing can be launched any more
             log.debug("nobs could not read the last, unfinished step", exc_info=True)
-        self._report("exception", exception=exception)
+        with self._sigterm.held():
+            if not self._lookout.gone:  # else it is most likely the want of the rank that is gone, and this one is dumped with it
+                self._lookout.call(alarm_of(self._ring, exception), self._step)
+                self._report("exception", exception=exception)
+            if self._lookout.heard:
+                _announce.show_together(self._lookout, self.report, self._dumped, self._run_directory, linger=False)
 
-    @_never_fatal
+    @never_fatal
     def _dump_signal(self) -> None:
-        self._box.tell(state="sigterm")  # and no rows: it may just have been writing one
-        self._report("sigterm")
+        if not self._leaving:  # else there is a dump already
+            self._box.tell(state="sigterm")  # and no rows: it may just have been writing one
+            self._report("sigterm")
 
     def _close(self, ended: Mapping[str, str]) -> None:
         self._update.detach()
         self._sigterm.stop()
         self._keep_the_rest()
         self._box.tell(**ended)
+        self._lookout.stop()
 
-    @_never_fatal
+    @never_fatal
     def _keep_the_rest(self) -> None:
         """What the black box has not got yet: rows behind a failure, the half step of an exception, a row that Ctrl-C met."""
         for number, row in self._ring.rows(since=self._box.rows):
             self._box.write(row, number)
-
-
-def _how_it_ended(error: BaseException | None, report: Report | None) -> dict[str, str]:
-    """What the black box says of a run that an error, or none, has ended."""
-    if error is None or _is_clean_exit(error):
-        return {"state": "ended"}
-    if isinstance(error, TrainingFailure) and error.report is report:
-        return {"state": "failed"}
-    return {"state": "exception", "exception": described(error)}  # another recorder's failure too
-
-
-def _is_clean_exit(error: BaseException) -> bool:
-    return isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0))

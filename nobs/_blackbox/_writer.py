@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -168,6 +169,8 @@ class BlackBox:
         self._finalizer: weakref.finalize[..., BlackBox] | None = None
         self._off = not folders
         self._said: set[str] = set()
+        # The thread that listens for other ranks tells of their failures. A signal may come in the middle of a write.
+        self._writing = threading.RLock()
 
     @property
     def path(self) -> Path | None:
@@ -198,6 +201,10 @@ class BlackBox:
     def _try(self, write: Callable[[BoxFile], None]) -> None:
         if self._off or (self._file is not None and os.getpid() != self._pid):
             return
+        with self._writing:
+            self._try_alone(write)
+
+    def _try_alone(self, write: Callable[[BoxFile], None]) -> None:
         try:
             lost = None if self._file is None else self._file.lost()
             file = self._made(self._file, lost) if self._file is None or lost else self._file

@@ -53,7 +53,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def diagnose(
-    history: History, failure: Failure | None = None, *, exception: str | None = None, second_moment_decay: float | None = None
+    history: History,
+    failure: Failure | None = None,
+    *,
+    exception: str | None = None,
+    second_moment_decay: float | None = None,
+    ranks: int = 1,
 ) -> tuple[Finding, ...]:
     """Findings about a history, the one to believe first. Without a failure only NaN and Inf are: growth may be healthy.
 
@@ -62,8 +67,9 @@ def diagnose(
         failure: what a trigger saw, if one did.
         exception: the text of what ended the run, if it was no trigger.
         second_moment_decay: beta2 of the optimizer, if it is of Adam's family.
+        ranks: how many there are, whose gradients may have been reduced with these.
     """
-    return tuple(told.finding for told in told_by_rules(history, failure, exception, second_moment_decay))
+    return tuple(told.finding for told in told_by_rules(history, failure, exception, second_moment_decay, ranks))
 
 
 def diagnosed(report: Report) -> Report:
@@ -71,7 +77,13 @@ def diagnosed(report: Report) -> Report:
     decay = report.run.get("second_moment_decay")
     known = decay if isinstance(decay, float) else None
     try:
-        findings = diagnose(report.history, report.failure, exception=report.exception, second_moment_decay=known)
+        findings = diagnose(
+            report.history,
+            report.failure,
+            exception=report.exception,
+            second_moment_decay=known,
+            ranks=report.world_size,
+        )
     except Exception as error:
         complain("could not diagnose the failure", error)
         return report
@@ -79,12 +91,12 @@ def diagnosed(report: Report) -> Report:
 
 
 def told_by_rules(
-    history: History, failure: Failure | None, exception: str | None, second_moment_decay: float | None
+    history: History, failure: Failure | None, exception: str | None, second_moment_decay: float | None, ranks: int = 1
 ) -> tuple[Told, ...]:
     """The same with the names of the rules, which the benchmark counts."""
     if not len(history):
         return ()
-    seen = Evidence(Case(history, failure), exception, second_moment_decay)
+    seen = Evidence(Case(history, failure), exception, second_moment_decay, ranks)
     told = [said for rule in RULES if (said := rule(seen)) is not None]
     if not told and failure is not None:
         told = [_undecided(seen, failure)]

@@ -36,11 +36,13 @@ MOST = 0.5
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that rules look at: the case, its breaks, how the run ended, and what is known of the optimizer."""
+    """All that rules look at: the case, its breaks, how the run ended, what is known of the optimizer, and of how many ranks this
+    is one."""
 
     case: Case
     exception: str | None = None
     second_moment_decay: float | None = None
+    ranks: int = 1
 
     @property
     def failure(self) -> Failure | None:

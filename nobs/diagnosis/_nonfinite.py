@@ -6,6 +6,7 @@ After radixark/miles#2198, forward and backward apart.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -63,9 +64,23 @@ def nonfinite_born(seen: Evidence) -> Told | None:
         if "came in" in more:
             event = max(case.clean_before(event, OUTPUT))
         return finding(seen, cause, cause, event, evidence + more)
+    if seen.ranks > 1 and tap.kind == PARAMETER_GRAD and not _own_gradient_is_bad(seen, event):
+        told = finding(seen, "nonfinite_backward", "nonfinite_backward", event, f"{evidence}; {_REDUCED.format(seen.ranks)}")
+        sure = told.finding.confidence / seen.ranks
+        return replace(told, finding=replace(told.finding, confidence=sure, advice=_ASK_ALL))
     event = _above(seen, event)
     came_in = f"; forward and loss of that step were finite, and the gradient that came into {case.tap(event).layer} was too"
     return finding(seen, "nonfinite_backward", "nonfinite_backward", event, evidence + came_in)
+
+
+_REDUCED = "outputs and their gradients are finite on this rank: it may have come with the reduction, from any of {} ranks"
+_ASK_ALL = "see on which rank it was born: nobs merge, of the folder of this run"
+
+
+def _own_gradient_is_bad(seen: Evidence, event: Event) -> bool:
+    """Whether a gradient that no reduction has touched, of an output, is dirty in that step too."""
+    case = seen.case
+    return bool(case.bad[event.row, case.history.table.of_kind[OUTPUT_GRAD]].any())
 
 
 def _forward_cause(seen: Evidence, event: Event) -> tuple[str, str]:
