@@ -45,6 +45,25 @@ def last_words(path: Path) -> list[Path]:
     return [latest[rank] for rank in sorted(latest)]
 
 
+def files_of_ranks(path: Path) -> dict[int, Path]:
+    """Of the newest run in a folder a file of each rank: its newest black box, which holds all, else its newest dump.
+
+    Raises:
+        UnreadableDump: a folder without dumps and black boxes.
+    """
+    news_s = _newest_run(path, lambda folder: _dumps(folder) + _boxes(folder))
+    if not news_s:
+        raise no_file(path, "a folder without dumps and black boxes")
+    # Boxes last, and of either kind the newest: whoever comes last stays.
+    ordered = sorted(news_s, key=lambda file: (file.suffix == SUFFIX, news_s[file], str(file)))
+    return dict(sorted({_rank_of(file): file for file in ordered}.items()))
+
+
+def _rank_of(file: Path) -> int:
+    digits = file.name[_RANK - 5 : _RANK]
+    return int(digits) if file.name.startswith("rank") and digits.isdigit() else 0
+
+
 def find_black_box(path: Path) -> Path | None:
     """The black box that a path means: the file itself, or of a folder the lowest rank's of the newest run; None without any."""
     news_s = _newest_run(path, _boxes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from .errors import NobsError
 
@@ -29,7 +29,7 @@ def never_fatal(
     """A method that gives up at an error, and does nothing once it has. Wrong calls do raise."""
 
     @wraps(method)
-    def guarded(self: Own, *args: Any, **kwargs: Any) -> Result | None:
+    def guarded(self: Own, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result | None:
         if self._broken:
             return None
         try:

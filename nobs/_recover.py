@@ -10,7 +10,7 @@ from ._schema import Failure, Report
 from .diagnosis import diagnosed
 from .triggers import DEFAULT, TriggerEngine, with_settings
 
-_REASONS = {"failed": "trigger", "exception": "exception", "sigterm": "sigterm", "ended": "ended"}
+REASONS = {"failed": "trigger", "exception": "exception", "sigterm": "sigterm", "ended": "ended"}
 """The state of a run -> the reason of its report."""
 
 
@@ -18,7 +18,7 @@ def report_of(recording: Recording) -> Report:
     """The report of what a black box holds, diagnosed like any other."""
     header, history = recording.header, recording.history
     status = recording.status or Status()
-    reason = _REASONS.get(status.state) or ("running" if recording.alive else "killed" if recording.alive is False else "unknown")
+    reason = REASONS.get(status.state) or ("running" if recording.alive else "killed" if recording.alive is False else "unknown")
     noted = _noted(status, history)
     failure = noted or (unheard(recording) if reason in ("killed", "unknown") or recording.status is None else None)
     before = len(status.failures) if failure is None else 0

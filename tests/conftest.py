@@ -12,7 +12,21 @@ from hypothesis import settings
 ROOT = Path(__file__).parent.parent
 
 EXAMPLES = ("torchvision_anyway", "mnist_data")
-TESTS = ("twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies", "made_rows", "boxes", "disks", "deaths")
+TESTS = (
+    "twin",
+    "nets",
+    "odd",
+    "zoo",
+    "modes",
+    "runs",
+    "samples",
+    "strategies",
+    "made_rows",
+    "boxes",
+    "made_ranks",
+    "disks",
+    "deaths",
+)
 BENCH = ("data", "models", "plant", "table", "runs", "score", "sessions", "oddities", "healthy")
 NAMED = (
     *(f"examples/{name}" for name in EXAMPLES),

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 from .._launch import installed_version
 from .._names import printable
 from ..errors import NobsError, reason
-from . import check, diff, export, plot, recover, show, watch
+from . import check, diff, export, merge, plot, recover, show, watch
 
 _EXAMPLES = """examples:
   nobs show                                the newest run below ./crashes: its dump, or its black box
   nobs show RUN --layer conv1              all that is known of a layer
   nobs show DUMP --json | jq .failure      for another program
   nobs diff RUN1 RUN2                      which layers differ first, step by step
+  nobs merge crashes                       all ranks of a run: which rank, layer and step first
   nobs recover crashes                     the report that a killed process could not write
   nobs watch                               the newest run, live
   nobs check crashes && deploy             whether anything failed
@@ -44,6 +45,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "show": show,
+    "merge": merge,
     "plot": plot,
     "diff": diff,
     "check": check,

@@ -6,6 +6,9 @@ import argparse
 from dataclasses import replace
 
 from .. import _codec
+from .._find import files_of_ranks
+from .._merge import merge as merged
+from . import merge
 from ._common import chosen, json_option, layer_option, opened, path_option
 
 EXAMPLES = """examples:
@@ -23,7 +26,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report of a dump, or of a black box."""
+    """Print the report of a dump, or of a black box; of a folder with several ranks that of all of them."""
+    if not options.layer and options.path.is_dir() and len(files_of_ranks(options.path)) > 1:
+        merge.show(merged(options.path), options.path, options.json)
+        return 0
     path, report = opened(options.path)
     layers = chosen(options.layer, report) if options.layer else None
     if options.json:

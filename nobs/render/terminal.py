@@ -56,14 +56,14 @@ def print_report(report: Report, path: Path | None = None, *, file: IO[str] | No
 
 def _parts(report: Report, path: Path | None, glyphs: Glyphs, width: int) -> list[RenderableType]:
     """The questions of somebody whose run has failed, in the order in which they are asked."""
-    parts: list[RenderableType] = ["", _head(report, glyphs)]
+    return ["", _head(report, glyphs), *body(report, glyphs, width), _files(path), footer(report)]
+
+
+def body(report: Report, glyphs: Glyphs, width: int) -> list[RenderableType]:
+    """What stands between the first lines and the names of the files: the layers, the scalars, and why."""
     story = _story.lines(report)
-    if story:
-        parts += [layers(report.history.steps, story, glyphs, width)]
-    parts += [_scalars(report, glyphs, width)]
-    if report.findings:
-        parts += [_why(report)]
-    return [*parts, _files(path), _footer(report)]
+    shown = [layers(report.history.steps, story, glyphs, width)] if story else []
+    return [*shown, _scalars(report, glyphs, width), *([_why(report)] if report.findings else [])]
 
 
 def _head(report: Report, glyphs: Glyphs) -> RenderableType:
@@ -144,7 +144,8 @@ def _files(path: Path | None) -> RenderableType:
     return Padding(grid, (1, 0, 0, 1), expand=False)
 
 
-def _footer(report: Report) -> RenderableType:
+def footer(report: Report) -> RenderableType:
+    """Versions, and how it was trained, in a line."""
     run = {key: printable(safe_text(value)) for key, value in report.run.items()}
     compiled = "compiled" if report.run.get("compiled") else "eager"
     facts = [f"torch {run.get('torch', '?')}", run.get("device", "?"), compiled, f"{len(report.history)} steps kept"]

@@ -1,0 +1,149 @@
+"""What is kept of a rank while all are read: small arrays over its steps, and never its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._blackbox import read
+from .._case import Case, Event
+from .._columns import ELEMENTS, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER_GRAD, Floats
+from .._history import History, bad_counts
+from .._load import is_black_box, load
+from .._ranks import Wrong
+from .._recover import REASONS
+from .._schema import OTHER_RANK, Failure
+
+_OWN = (OUTPUT, OUTPUT_GRAD)
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A rank: its arrays are over its `steps`, `[T]`.
+
+    Attributes:
+        loss: float64; `has_loss` tells a NaN from none.
+        gradient: float64, the norm of all gradients of parameters that lie here; NaN where they hold NaN or Inf, and below 0 where
+            there is none.
+        outputs: float32 `[T, layers]`, the norms of outputs, in the order of `layers`; likewise.
+        state: one of `_ranks.STATES`.
+    """
+
+    rank: int
+    world_size: int
+    file: Path
+    state: str
+    failure: Failure | None
+    exception: str | None
+    wrong: Wrong | None
+    steps: NDArray[np.int64]
+    loss: Floats
+    has_loss: NDArray[np.bool_]
+    gradient: Floats
+    outputs: NDArray[np.float32]
+    layers: tuple[str, ...]
+
+    @property
+    def last_step(self) -> int | None:
+        """Of the newest row."""
+        return int(self.steps[-1]) if len(self.steps) else None
+
+    def row_of(self, step: int | None) -> int | None:
+        """The last row of a step."""
+        rows = np.flatnonzero(self.steps == step)
+        return int(rows[-1]) if rows.size else None
+
+
+def traced(file: Path) -> tuple[Trace, History]:
+    """What is kept of a rank's file, and its history, which the caller lets go.
+
+    Raises:
+        UnreadableDump: it cannot be read.
+    """
+    if is_black_box(file):
+        box = read(file)
+        status = box.status
+        state = REASONS.get(status.state if status else "") or _by_life(box.alive)
+        failures = status.failures if status else ()
+        rank, world_size = box.header.rank, box.header.world_size
+        history, exception = box.history, status.exception if status else None
+    else:
+        report = load(file)
+        state, failures = report.reason, (report.failure,) if report.failure else ()
+        rank, world_size, history, exception = report.rank, report.world_size, report.history, report.exception
+    own = [failure for failure in failures if failure.trigger != OTHER_RANK]
+    state = {"trigger": "failed" if own else "called", "manual": "unknown"}.get(state, state)
+    wrong = first_wrong(history)
+    outputs = history.table.of_kind[OUTPUT]
+    trace = Trace(
+        rank,
+        world_size,
+        file,
+        state,
+        own[-1] if own else None,
+        exception,
+        wrong,
+        history.steps,
+        history.scalars.get("loss", np.full(len(history), np.nan)),
+        history.given.get("loss", np.zeros(len(history), dtype=np.bool_)),
+        *_norms(history),
+        tuple(history.table.taps[line].layer for line in outputs),
+    )
+    return trace, history
+
+
+def _by_life(alive: bool | None) -> str:
+    return "running" if alive else "killed" if alive is False else "unknown"
+
+
+def _norms(history: History) -> tuple[Floats, NDArray[np.float32]]:
+    """Of all gradients of parameters together, and of each output: see Trace."""
+    ran = np.isfinite(history.values[..., FIRST])
+    bad = bad_counts(history.values, history.table) > 0
+    lines, outputs = history.table.of_kind[PARAMETER_GRAD], history.table.of_kind[OUTPUT]
+    there = ran[:, lines] & (history.values[:, lines, ELEMENTS] > 0)
+    squares = np.where(there & ~bad[:, lines], np.square(history.values[:, lines, NORM].astype(np.float64)), 0)
+    gradient = np.where(bad[:, lines].any(axis=1), np.nan, np.sqrt(squares.sum(axis=1)))
+    norms = np.where(bad[:, outputs], np.nan, history.values[:, outputs, NORM])
+    return np.where(there.any(axis=1), gradient, -1.0), np.where(ran[:, outputs], norms, -1.0).astype(np.float32)
+
+
+def first_wrong(history: History) -> Wrong | None:
+    """What was not finite first, what is this rank's own before what a reduction may have brought in the same step.
+
+    With a loss scale, gradients are no news: the scale is found by their overflows.
+    """
+    if not len(history):
+        return None
+    bad = bad_counts(history.values, history.table) > 0
+    if "loss_scale" in history.scalars:
+        bad &= ~history.table.are_gradients
+    loss, given = history.scalars.get("loss"), history.given.get("loss")
+    lost = given & ~np.isfinite(loss) if loss is not None and given is not None else np.zeros(len(history), dtype=np.bool_)
+    rows = np.flatnonzero(bad.any(axis=1) | lost)
+    if not rows.size:
+        return None
+    row = int(rows[0])
+    case = Case(history, None)
+    events = [case.event(row, int(line)) for line in np.flatnonzero(bad[row])]
+    own = min((event for event in events if case.tap(event).kind in _OWN), default=None)
+    step = int(history.steps[row])
+    if lost[row] and (own is None or own.phase > 2):
+        return Wrong(step, None, "loss", True, 2, False, 0.0, True)
+    event = own or min(events)
+    tap = case.tap(event)
+    return Wrong(
+        step, tap.layer, tap.site, own is not None, event.phase, _came_in(case, event), event.place,
+        (tap.layer, tap.site) not in history.shards,
+    )  # fmt: skip
+
+
+def _came_in(case: Case, event: Event) -> bool:
+    """Whether nothing before it was clean here: for a gradient the loss counts, which it then was born behind."""
+    if event.phase == 1:
+        return not case.clean_before(event, OUTPUT)
+    has_loss = "loss" in case.history.given and bool(case.history.given["loss"][event.row])
+    return event.phase == 3 and not has_loss and not case.clean_before(event, OUTPUT_GRAD)
