@@ -10,17 +10,17 @@ from ._schema import Failure, Report
 
 STATES = {
     "failed": "failed",
-    "called": "stopped with it",
+    "called": "stopped",
     "exception": "exception",
     "sigterm": "SIGTERM",
-    "killed": "died without a word",
+    "killed": "died",
     "ended": "ended",
     "running": "running",
-    "unknown": "runs, or died",
+    "unknown": "lives, or died",
     "unreadable": "unreadable",
-    "missing": "wrote nothing",
+    "missing": "missing",
 }
-"""How a rank stands, and how that is said."""
+"""How a rank stands, and how that is said: "called" is one that stopped because another had failed."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Ranks:
     """A run of several ranks.
 
     Attributes:
-        step: the decisive one, of which the words' numbers are; None where nothing failed.
+        step: the one of which the words' numbers are: the decisive one, or the last that all have where nothing failed.
         words: one of each rank, missing ones too.
         late: the ranks that stopped, or are, at least two steps behind the furthest.
         first: None where nothing failed.

@@ -13,20 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 EXAMPLES = ("torchvision_anyway", "mnist_data")
 TESTS = (
-    "twin",
-    "nets",
-    "odd",
-    "zoo",
-    "modes",
-    "runs",
-    "samples",
-    "strategies",
-    "made_rows",
-    "boxes",
-    "made_ranks",
-    "disks",
-    "deaths",
-)
+    "twin", "nets", "odd", "zoo", "modes", "runs", "samples", "strategies", "made_rows", "boxes", "made_ranks", "disks", "deaths",
+)  # fmt: skip
 BENCH = ("data", "models", "plant", "table", "runs", "score", "sessions", "oddities", "healthy")
 NAMED = (
     *(f"examples/{name}" for name in EXAMPLES),

@@ -55,17 +55,14 @@ class Rank:
     def report(self):
         """The same as a dump has it."""
         failure = self.status.failures[-1] if self.status.failures else None
-        return Report(
-            self.history(), "trigger", "", "0.1.0", failure, exception=self.status.exception, rank=self.rank, world_size=self.of
-        )
+        known = {"exception": self.status.exception, "rank": self.rank, "world_size": self.of}
+        return Report(self.history(), "trigger", "", "0.1.0", failure, **known)
 
     def write(self, folder):
         """The path of its black box."""
         history = self.history()
-        header = Header(
-            "0.1.0", "2026-11-27T00:00:00Z", self.rank, self.of, {"torch": "2.13.0"}, len(history), history.table, (), self.process,
-            self.shards,
-        )  # fmt: skip
+        known = "0.1.0", "2026-11-27T00:00:00Z", self.rank, self.of, {"torch": "2.13.0"}, len(history), history.table
+        header = Header(*known, (), self.process, self.shards)
         file = BoxFile(folder, header, False)
         for row in history.rows():
             file.write(row)

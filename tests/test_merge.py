@@ -40,13 +40,15 @@ BACKWARD = dirty("embed", "output.grad") | dirty("fc1", "output.grad")
 
 
 @pytest.mark.parametrize(
-    ("changes", "where"), [(FORWARD, ("fc2", "output")), (BACKWARD, ("fc2", "output.grad"))], ids=["forward", "backward"]
+    ("changes", "reduced", "where"),
+    [(FORWARD, REDUCED, ("fc2", "output")), (BACKWARD, dirty("fc1", "weight.grad"), ("fc2", "output.grad"))],
+    ids=["forward", "backward"],
 )
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_nan_is_where_it_was_born_though_every_rank_has_it(tmp_path, changes, where, count):
+def test_a_nan_is_where_it_was_born_though_every_rank_has_it(tmp_path, changes, reduced, where, count):
     """By the reduction all have it in the same step, in the first gradient of the backward already."""
-    ranks = several(count, changes=REDUCED, status=failed())
-    ranks = but(ranks, 1, changes=changes | REDUCED)
+    ranks = several(count, changes=reduced, status=failed())
+    ranks = but(ranks, 1, changes=changes | reduced)
     merged = merge(written(tmp_path, *ranks))
     assert place(merged) == (1, *where, FAILS)
     assert merged.first.ranks == tuple(range(count))
@@ -89,7 +91,7 @@ def test_a_weight_that_is_dirty_on_one_rank_alone_came_by_no_reduction(tmp_path)
 
 @pytest.mark.parametrize("where", ["output", "output.grad"])
 def test_pipeline_stages(tmp_path, where):
-    """Forward a NaN comes in from the stage before, backward from the one behind; it is born where something clean is before it."""
+    """Forward a NaN comes in from the stage before, backward from the one behind; it is born where what is before it is clean."""
     early, late = LAYERS[:2], LAYERS[2:]
     if where == "output":  # born in fc1, on stage 0
         stages = dirty("fc1", "output"), dirty("fc2", "output") | dirty("head", "output")
@@ -169,7 +171,7 @@ def test_a_rank_that_died_without_a_word(tmp_path):
     assert (merged.first.rank, merged.first.step) == (1, FAILS)
     assert merged.words[1].state == "killed"
     assert merged.late == (1,)
-    assert "died without a word, late" in printed(merged, 120)
+    assert "died, late" in printed(merged)
 
 
 def test_an_exception_of_its_own_is_before_a_death(tmp_path):
@@ -201,8 +203,9 @@ def test_nothing_that_can_be_read(tmp_path):
         (tmp_path / f"rank0000{rank}.blackbox").write_bytes(b"?" * 500)
     with pytest.raises(UnreadableDump, match="rank00000"):
         merge(tmp_path)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UnreadableDump, match="without dumps"):
-        merge(tmp_path / "..")
+        merge(tmp_path / "empty")
 
 
 def test_dumps_alone_and_a_box_before_its_dump(tmp_path):
@@ -364,7 +367,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["show", str(tmp_path)]) == 0
     assert "training failed on rank 1 of 2" in capsys.readouterr().out
     assert cli.main(["show", str(run / "rank00000.blackbox")]) == 0
-    assert "of 2 ranks" not in capsys.readouterr().out
+    assert "ranks at step" not in capsys.readouterr().out
     assert cli.main(["merge", str(run), "--json", "-o", str(tmp_path / "merged.json")]) == 0
     plain = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert (plain["format"], plain["first"]["rank"], plain["first"]["step"]) == ("nobs.ranks", 1, FAILS)

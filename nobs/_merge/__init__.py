@@ -24,6 +24,7 @@ from ._plain import dumps as dumps
 from ._trace import Trace, traced
 from ._whole import Whole
 
+_OWN_SITES = ("output", "output.grad", "loss")
 _LATE = 2
 """Ranks in step are one step apart at most, as one of them closes it."""
 
@@ -60,7 +61,9 @@ def _merged(traces: list[Trace], unreadable: list[Word], whole: Whole) -> Ranks:
     report = load(file)
     if first is not None:
         first = _as_diagnosed(first, report)
-    words = [_word(trace, first) for trace in traces] + unreadable
+    last = min((trace.last_step for trace in traces if trace.last_step is not None), default=None)
+    step, layer = (first.step, first.layer) if first else (last, None)
+    words = [_word(trace, step, layer) for trace in traces] + unreadable
     sizes = sorted({trace.world_size for trace in traces})
     size = max(*sizes, *(word.rank + 1 for word in words))
     missing = set(range(size)) - {word.rank for word in words}
@@ -70,7 +73,7 @@ def _merged(traces: list[Trace], unreadable: list[Word], whole: Whole) -> Ranks:
     notes = () if len(sizes) == 1 else (f"the ranks do not agree on how many they are: {', '.join(map(str, sizes))}",)
     return Ranks(
         world_size=size,
-        step=first.step if first else None,
+        step=step,
         words=tuple(sorted(words, key=lambda word: word.rank)),
         late=late,
         first=first,
@@ -87,13 +90,15 @@ def _as_diagnosed(first: First, report: Report) -> First:
     finding = report.findings[0] if report.findings else None
     if first.rank is None or finding is None or finding.layer is None or finding.step != first.step:
         return first
+    if first.site in _OWN_SITES and finding.site not in _OWN_SITES:  # which may have come with the reduction, from here and there
+        return first
     return replace(first, layer=finding.layer, site=finding.site)
 
 
-def _word(trace: Trace, first: First | None) -> Word:
+def _word(trace: Trace, step: int | None, layer: str | None) -> Word:
     """What a rank has to say of the decisive step."""
-    row = trace.row_of(first.step) if first else None
-    column = trace.layers.index(first.layer) if first and first.layer in trace.layers else None
+    row = trace.row_of(step)
+    column = trace.layers.index(layer) if layer in trace.layers else None
     return Word(
         rank=trace.rank,
         file=str(trace.file),
@@ -105,7 +110,7 @@ def _word(trace: Trace, first: First | None) -> Word:
         loss=float(trace.loss[row]) if row is not None and trace.has_loss[row] else None,
         gradient=_known(trace.gradient[row]) if row is not None else None,
         output=_known(trace.outputs[row, column]) if row is not None and column is not None else None,
-        wrong=trace.wrong if trace.wrong and first and trace.wrong.step == first.step else None,
+        wrong=trace.wrong if trace.wrong and trace.wrong.step == step else None,
     )
 
 

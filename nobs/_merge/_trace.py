@@ -26,8 +26,8 @@ class Trace:
 
     Attributes:
         loss: float64; `has_loss` tells a NaN from none.
-        gradient: float64, the norm of all gradients of parameters that lie here; NaN where they hold NaN or Inf, and below 0 where
-            there is none.
+        gradient: float64, the norm of all gradients of parameters that lie here; NaN where they hold NaN or Inf, and below 0
+            where there is none.
         outputs: float32 `[T, layers]`, the norms of outputs, in the order of `layers`; likewise.
         state: one of `_ranks.STATES`.
     """

@@ -1,5 +1,5 @@
-"""All ranks of a run in a terminal: which rank, layer and step first, the ranks side by side where they differ, then the report of
-that rank as `terminal` has it.
+"""All ranks of a run in a terminal: which rank, layer and step first, the ranks side by side where they differ, then the report
+of that rank as `terminal` has it.
 """
 
 from __future__ import annotations
@@ -7,15 +7,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import IO
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .._names import printable, shortened
+from .._names import cells, printable, shortened
 from .._ranks import STATES, Ranks, Word, folded, named
 from . import _story
 from ._glyphs import Glyphs, figures
@@ -24,8 +25,11 @@ from .terminal import body, footer
 
 MOST_ROWS = 12
 MOST_APART = 3
+_LONGEST_SPAN = 10
 _NUMBERS = ("loss", "gradient", "output")
-_FIXED = 47  # columns that all of the table but the names of layers takes
+_TITLES = ("", "rank", "last", "state", *_NUMBERS)
+_AS_TOLD = ("called", "ended", "running")
+"""States of ranks on which nothing was wrong."""
 
 
 def print_ranks(ranks: Ranks, path: Path, *, file: IO[str] | None = None, width: int | None = None) -> None:
@@ -64,12 +68,8 @@ def _title(ranks: Ranks) -> str:
         return f"{ranks.world_size} rank{'s' if ranks.world_size != 1 else ''}, none failed"
     if ranks.first.rank is not None:
         return f"training failed on rank {ranks.first.rank} {of}"
-    failed = ranks.first.ranks
-    return (
-        f"training failed on all {len(failed)} ranks"
-        if len(failed) == ranks.world_size
-        else f"training failed, {len(failed)} {of} ranks"
-    )
+    failed = len(ranks.first.ranks)
+    return f"training failed on all {failed} ranks" if failed == ranks.world_size else f"training failed on {failed} {of} ranks"
 
 
 def _origin(ranks: Ranks) -> str:
@@ -82,56 +82,50 @@ def _origin(ranks: Ranks) -> str:
         where.append(f"{printable(first.layer)}{f' ({printable(kind)})' if kind else ''}")
     if first.site is not None:
         where.append("the loss itself" if first.site == "loss" else printable(first.site))
-    return ", ".join([*where, *([] if first.step is None else [f"at step {first.step}"])])
+    at = "after" if first.site is None else "at"  # a death, an exception
+    return ", ".join([*where, *([] if first.step is None else [f"{at} step {first.step}"])])
 
 
 def _table(ranks: Ranks, glyphs: Glyphs, width: int) -> RenderableType:
     """The ranks, those that are alike in one row, the first one marked."""
     rows = _rows(ranks)
     shown = rows if len(rows) <= MOST_ROWS else rows[: MOST_ROWS - 1]
-    room = max(8, width - _FIXED)
-    wrongs = shortened([_wrong(group[0]) for group in shown], room, glyphs.ellipsis)
-    at = "" if ranks.step is None else f" at step {ranks.step}"
-    notes = ["gradient: norm of all gradients on the rank"]
+    lines = [_cells(ranks, group, glyphs) for group in shown]
+    taken = sum(max(cells(line[i]) for line in [_TITLES, *lines]) + 1 for i in range(len(_TITLES)))
+    wrongs = shortened([printable(_wrong(group[0])) for group in shown], max(8, width - taken), glyphs.ellipsis)
     layer = ranks.first.layer if ranks.first else None
-    notes += [f"output: norm of that of {printable(layer)}"] if layer is not None else []
-    table = empty_table(f"ranks{at}", notes)
-    for name, justify in (
-        ("", "left"),
-        ("rank", "left"),
-        ("last", "right"),
-        ("state", "left"),
-        *((n, "right") for n in _NUMBERS),
-    ):
-        table.add_column(Text(name, style="dim"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column(Text("first wrong", style="dim"), no_wrap=True)
-    for group, wrong in zip(shown, wrongs, strict=True):
-        first = ranks.first is not None and group[0].rank == ranks.first.rank
-        style = "bold red" if first else "" if group[0].state in ("called", "ended", "running") else "bold"
-        numbers = [_span([getattr(word, name) for word in group]) for name in _NUMBERS]
-        state = STATES.get(group[0].state, group[0].state) + (", late" if group[0].rank in ranks.late else "")
-        last = _steps(group)
-        cells = [_who(group), last, state, *numbers, printable(wrong)]
-        table.add_row(glyphs.guilty if first else "", *(Text(cell, style=style) for cell in cells))
-    if len(shown) < len(rows):
-        rest = [word for group in rows[len(shown) :] for word in group]
-        table.add_row("", Text(f"{glyphs.ellipsis} {len(rest)} more", style="dim"))
+    notes = ["norms: gradient of all parameters on the rank", *([] if layer is None else [f"output of {printable(layer)}"])]
+    table = empty_table("ranks" if ranks.step is None else f"ranks at step {ranks.step}", notes)
+    for title in (*_TITLES, "first wrong"):
+        justify: JustifyMethod = "right" if title in ("last", *_NUMBERS) else "left"
+        table.add_column(Text(title, style="dim"), justify=justify, no_wrap=True)
+    for group, line, wrong in zip(shown, lines, wrongs, strict=True):
+        style = "bold red" if line[0] else "" if group[0].state in _AS_TOLD else "bold"
+        table.add_row(*(Text(cell, style=style) for cell in (*line, wrong)))
+    rest = sum(map(len, rows[len(shown) :]))
+    if rest:
+        table.add_row("", Text(f"{glyphs.ellipsis} {rest} more", style="dim"))
     return Padding(table, (1, 0, 0, 0), expand=False)
 
 
+def _cells(ranks: Ranks, group: Sequence[Word], glyphs: Glyphs) -> tuple[str, ...]:
+    """A row of the table but for what was wrong: under _TITLES."""
+    word = group[0]
+    first = ranks.first is not None and word.rank == ranks.first.rank
+    state = STATES.get(word.state, printable(word.state)) + (", late" if word.rank in ranks.late else "")
+    numbers = (_span([getattr(word, name) for word in group]) for name in _NUMBERS)
+    return glyphs.guilty if first else "", _who(group), _steps(group), state, *numbers
+
+
 def _rows(ranks: Ranks) -> list[list[Word]]:
-    """Ranks in groups of those that are alike: the first rank, then those that differ from most, then the others."""
+    """Ranks in groups of those that are alike: the first rank, then the smallest groups, which differ most."""
     groups: dict[tuple[object, ...], list[Word]] = {}
-    for word in ranks.words:
-        alone = ranks.first is not None and word.rank == ranks.first.rank
-        late = word.rank in ranks.late
-        key = (alone, late, word.last_step if late else None, word.state, _wrong(word), word.failure is None, word.loss is None)
-        groups.setdefault(key, []).append(word)
-    most = max(map(len, groups.values()))
     first = ranks.first.rank if ranks.first else None
-    return sorted(
-        groups.values(), key=lambda group: (group[0].rank != first, len(group) == most and len(group) > 1, group[0].rank)
-    )
+    for word in ranks.words:
+        late = word.last_step if word.rank in ranks.late else None
+        key = word.rank == first, late, word.state, _wrong(word), word.failure is None, word.loss is None
+        groups.setdefault(key, []).append(word)
+    return sorted(groups.values(), key=lambda group: (group[0].rank != first, len(group), group[0].rank))
 
 
 def _who(group: Sequence[Word]) -> str:
@@ -146,12 +140,12 @@ def _steps(group: Sequence[Word]) -> str:
 
 
 def _span(values: Sequence[float | None]) -> str:
-    """A number, or the smallest and the largest where they do not read the same."""
+    """A number, or the smallest and the largest where they do not read the same, or their middle where those are too long."""
     there = [value for value in values if value is not None]
     if not there:
         return "-"
-    ends = dict.fromkeys(figures(value, 3) for value in (min(there), max(there)))
-    return "..".join(ends)
+    ends = "..".join(dict.fromkeys(figures(value, 3) for value in (min(there), max(there))))
+    return ends if len(ends) <= _LONGEST_SPAN else f"~{figures(median(there), 3)}"
 
 
 def _wrong(word: Word) -> str:
@@ -172,9 +166,7 @@ def _told(ranks: Ranks) -> RenderableType:
     lines: list[tuple[str, str]] = [("ranks", ranks.first.why)] if ranks.first else []
     lines += [("late", f"{named(ranks.late)}: behind the others by two steps or more")] if ranks.late else []
     for apart in ranks.apart[:MOST_APART]:
-        what = (
-            f"{apart.layer}.{apart.site} is not the same as on the lowest rank, on {named(apart.ranks)}, since step {apart.step}"
-        )
+        what = f"{apart.layer}.{apart.site} is another than on the lowest rank since step {apart.step}, on {named(apart.ranks)}"
         lines.append(("copies", what))
     if len(ranks.apart) > MOST_APART:
         lines.append(("", f"and {len(ranks.apart) - MOST_APART} more parameters"))
