@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 
 ANSWER_S = 10.0
 """So long ranks wait for the answers of others, and then for their dumps; twenty intervals, if that is more."""
+GRACE_S = 2.0
+"""So long a rank that is called may take to close the last step of the dump."""
 INTERVAL_S = 0.5
 REQUESTS_S = 2000
 """How often a rank asks the store: every INTERVAL_S, or as seldom as makes so many requests a second of all ranks together."""
@@ -166,6 +168,8 @@ class Lookout:
             self._alarm, answer = alarm, self._closed + 1
         if alarm.stop:
             board.answer(number, answer)
+        # The same steps in all dumps: the training may be in that step still. Where it hangs, what there is must do.
+        self._until(lambda: self._closed > alarm.last, GRACE_S)
         dump = self._dump()
         if dump is not None:
             dump(alarm)

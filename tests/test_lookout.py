@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 def _impatient(monkeypatch):
     monkeypatch.setattr(_lookout, "INTERVAL_S", 0.01)
     monkeypatch.setattr(_lookout, "ANSWER_S", 0.5)
+    monkeypatch.setattr(_lookout, "GRACE_S", 0.05)
 
 
 class Rank:

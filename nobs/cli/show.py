@@ -27,7 +27,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report of a dump, or of a black box; of a folder with several ranks that of all of them."""
-    if not options.layer and options.path.is_dir() and len(files_of_ranks(options.path)) > 1:
+    if not options.layer and len(files_of_ranks(options.path)) > 1:
         merge.show(merged(options.path), options.path, options.json)
         return 0
     path, report = opened(options.path)
