@@ -64,13 +64,13 @@ class Case:
     @cached_property
     def place(self) -> dict[str, float]:
         """layer -> its place in execution; one that never ran itself stands where its parent does."""
-        known = {layer.name: float(layer.order) for layer in self.history.layers if layer.order is not None}
-        return {name: min(at, len(known)) for name, at in places(known, (layer.name for layer in self.history.layers)).items()}
+        known = {name: float(place) for name, place in self.history.order.items() if place is not None}
+        return {name: min(at, len(known)) for name, at in places(known, self.history.order).items()}
 
     @cached_property
     def ran(self) -> frozenset[str]:
         """The layers that ran, as layers."""
-        return frozenset(layer.name for layer in self.history.layers if layer.order is not None)
+        return frozenset(name for name, place in self.history.order.items() if place is not None)
 
     @property
     def elements(self) -> NDArray[np.float64]:

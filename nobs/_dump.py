@@ -38,8 +38,8 @@ def report_of_called(ring: RingBuffer, alarm: Alarm) -> Report:
     """
     failure = Failure(OTHER_RANK, alarm.step, f"rank {alarm.rank} failed: {alarm.message}", detected_at=alarm.step)
     try:
-        history = ring.history(wait=False).until(alarm.last)
-        return replace(ring.report("trigger", history), failure=failure)
+        history = ring.history(wait=False)
+        return replace(ring.report("trigger", history.where(history.steps <= alarm.last)), failure=failure)
     except Exception as error:
         complain("could not make a report", error)
         empty = History.of((), ring.row.table)

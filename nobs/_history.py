@@ -166,9 +166,8 @@ class History:
         lines = [i for i, tap in enumerate(self.table.taps) if tap.layer in wanted]
         return replace(self, table=TapTable(tuple(self.table.taps[i] for i in lines)), values=self.values[:, lines])
 
-    def until(self, step: int) -> History:
-        """The rows up to a step."""
-        there = self.steps <= step
+    def where(self, there: NDArray[np.bool_]) -> History:
+        """Some of the rows: bool `[T]`."""
         return replace(
             self,
             steps=self.steps[there],
@@ -193,21 +192,22 @@ class History:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The layers in execution order; those that never ran come last, in the order of registration."""
+        groups = self.table.of_layer
+        return tuple(
+            Layer(name, self.table.taps[groups[name][0]].layer_type, place, self._sites(groups[name]))
+            for name, place in self.order.items()
+        )
+
+    @cached_property
+    def order(self) -> Mapping[str, int | None]:
+        """Layer -> its place, in the same order; None for one that never ran. Costs less than `layers`, which knows all sites."""
         if not len(self.table):
-            return ()
+            return {}
         groups = self.table.of_layer
         names = list(groups)
-        order = [names[i] for i in execution_order(np.stack([self._first_runs(lines) for lines in groups.values()], axis=1))]
-        never = [name for name in names if name not in set(order)]
-        return tuple(
-            Layer(
-                name,
-                self.table.taps[groups[name][0]].layer_type,
-                i if i < len(order) else None,
-                self._sites(groups[name]),
-            )
-            for i, name in enumerate([*order, *never])
-        )
+        ran = execution_order(np.stack([self._first_runs(lines) for lines in groups.values()], axis=1))
+        places: dict[str, int | None] = {names[i]: place for place, i in enumerate(ran)}
+        return places | {name: None for name in names if name not in places}
 
     def _first_runs(self, lines: list[int]) -> Floats:
         """When the output of a layer first ran, by step."""

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from .. import _checked as checked
@@ -159,8 +160,6 @@ def decode_header(raw: bytes) -> Header:
         ValueError, TypeError, KeyError, RecursionError: it is not what this version writes.
     """
     data = json.loads(raw)
-    if len({(layer, site) for layer, _, site, _ in data["taps"]}) < len(data["taps"]):
-        raise ValueError("two taps of one site")
     process = data["process"]
     if data["format"] != FORMAT or tuple(data["statistics"]) != COLUMNS:
         raise ValueError(f"statistics {data['statistics']!r}")
@@ -171,7 +170,7 @@ def decode_header(raw: bytes) -> Header:
         world_size=checked.whole(data["world_size"]),
         run={checked.text(name): checked.fact(value) for name, value in data["run"].items()},
         capacity=checked.whole(data["capacity"]),
-        table=TapTable(tuple(_tap(*tap) for tap in data["taps"])),
+        table=_table(tuple(map(tuple, data["taps"]))),
         triggers=tuple((checked.text(name), _settings(settings)) for name, settings in data["triggers"]),
         process=Process(checked.whole(process["pid"]), *(checked.text(process[k]) for k in ("host", "boot", "space", "started"))),
         shards={(checked.text(layer), checked.text(site)): shard_from(shard) for layer, site, shard in data.get("shards", ())},
@@ -180,6 +179,14 @@ def decode_header(raw: bytes) -> Header:
 
 def _settings(data: Mapping[str, Any]) -> dict[str, object]:
     return {name: checked.number(value) if isinstance(value, str) else checked.fact(value) for name, value in data.items()}
+
+
+@lru_cache(maxsize=4)
+def _table(taps: tuple[tuple[Any, ...], ...]) -> TapTable:
+    """The table of some taps; of many ranks, which have the same, one."""
+    if len({(layer, site) for layer, _, site, _ in taps}) < len(taps):
+        raise ValueError("two taps of one site")
+    return TapTable(tuple(_tap(*tap) for tap in taps))
 
 
 def _tap(layer: Any, layer_type: Any, site: Any, kind: Any) -> Tap:

@@ -127,8 +127,8 @@ def first_wrong(history: History) -> Wrong | None:
     if not rows.size:
         return None
     row = int(rows[0])
-    case = Case(history, None)
-    events = [case.event(row, int(line)) for line in np.flatnonzero(bad[row])]
+    case = Case(history.where(np.arange(len(history)) == row), None)  # the order of that step, and a tenth of the time
+    events = [case.event(0, int(line)) for line in np.flatnonzero(bad[row])]
     own = min((event for event in events if case.tap(event).kind in _OWN), default=None)
     step = int(history.steps[row])
     if lost[row] and (own is None or own.phase > 2):
