@@ -45,18 +45,33 @@ def last_words(path: Path) -> list[Path]:
     return [latest[rank] for rank in sorted(latest)]
 
 
-def files_of_ranks(path: Path) -> dict[int, Path]:
-    """Of the newest run in a folder a file of each rank: its newest black box, which holds all, else its newest dump.
+def files_of_ranks(path: Path) -> dict[int, tuple[Path, ...]]:
+    """Of the newest run in a folder the files of each rank, the one to read first: black boxes, which hold all, then dumps, of
+    either the newest first.
+
+    Where there is one run only, no box is opened but those of which a rank has several.
 
     Raises:
         UnreadableDump: a folder without dumps and black boxes.
     """
-    news_s = _newest_run(path, lambda folder: _dumps(folder) + _boxes(folder))
-    if not news_s:
+    try:
+        files = [file for file in _dumps(path) + _boxes(path) if file.is_file()] if path.is_dir() else [path]
+    except (OSError, ValueError) as error:
+        raise no_file(path, reason(error)) from None
+    if len({_run_of(file) for file in files}) > 1:
+        files = list(_newest_run(path, lambda folder: files))
+    if not files:
         raise no_file(path, "a folder without dumps and black boxes")
-    # Boxes last, and of either kind the newest: whoever comes last stays.
-    ordered = sorted(news_s, key=lambda file: (file.suffix == SUFFIX, news_s[file], str(file)))
-    return dict(sorted({_rank_of(file): file for file in ordered}.items()))
+    of_rank: dict[int, list[Path]] = {}
+    for file in files:
+        of_rank.setdefault(_rank_of(file), []).append(file)
+    return {rank: tuple(_best_first(of_rank[rank])) for rank in sorted(of_rank)}
+
+
+def _best_first(files: list[Path]) -> list[Path]:
+    if len(files) == 1:
+        return files
+    return sorted(files, key=lambda file: (file.suffix == SUFFIX, _news_s(file), str(file)), reverse=True)
 
 
 def _rank_of(file: Path) -> int:
@@ -110,9 +125,11 @@ def _boxes(folder: Path) -> list[Path]:
 
 
 def _dumps(folder: Path) -> list[Path]:
-    """By their names; in a folder without such names any JSON may be one, but for a trace that was exported beside it."""
+    """By their names; without any, any JSON may be one, but for a trace that was exported beside it."""
     of_ranks = [file for file in folder.rglob("rank*.json") if _OF_A_RANK.fullmatch(file.name)]
-    return of_ranks or [file for file in folder.glob("*.json") if not file.name.endswith(".trace.json")]
+    if of_ranks or next(folder.rglob(f"*{SUFFIX}"), None) is not None:  # beside black boxes it is what somebody wrote of them
+        return of_ranks
+    return [file for file in folder.glob("*.json") if not file.name.endswith(".trace.json")]
 
 
 def _news(files: list[Path]) -> dict[Path, float]:

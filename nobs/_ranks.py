@@ -105,7 +105,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class Apart:
-    """Copies of a parameter that differ: since which step, on which ranks."""
+    """Copies of a parameter, or of a part of one, that differ: since which step, and on which ranks, the fewer ones."""
 
     layer: str
     site: str

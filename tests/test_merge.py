@@ -17,6 +17,7 @@ from nobs._history import History
 from nobs._merge import dumps, merge
 from nobs._merge._whole import Whole
 from nobs._ranks import folded, named
+from nobs._schema import Failure
 from nobs._table import WHOLE, Shard, Tap, TapTable
 from nobs.errors import UnreadableDump
 from nobs.render.ranks import print_ranks
@@ -181,6 +182,13 @@ def test_an_exception_of_its_own_is_before_a_death(tmp_path):
     assert (merged.first.rank, merged.first.ranks) == (2, (2,))
 
 
+def test_a_sigterm_for_all_is_of_no_rank(tmp_path):
+    """It came from outside."""
+    merged = merge(written(tmp_path, *several(3, status=Status("sigterm"))))
+    assert (merged.first.rank, merged.first.ranks) == (None, (0, 1, 2))
+    assert "training failed on all 3 ranks" in printed(merged)
+
+
 def test_missing_late_and_unreadable(tmp_path):
     """Each is named, and none of them ends the merge."""
     ranks = several(6, status=Status(), process=this_process())
@@ -243,7 +251,88 @@ def test_copies_that_differ(tmp_path):
     changes |= {("fc2", "weight.grad", 103): {"norm": 99}}
     merged = merge(written(tmp_path, *but(several(3), 2, changes=changes)))
     assert [(a.layer, a.site, a.step, a.ranks) for a in merged.apart] == [("fc2", "weight", 107, (2,))]
-    assert "fc2.weight is another than on the lowest rank since step 107, on rank 2" in " ".join(printed(merged).split())
+    assert "fc2.weight is not the same on all ranks since step 107: other on rank 2" in " ".join(printed(merged).split())
+
+
+def sharded(rank, ranks):
+    return {(layer, site): Shard(rank % ranks, ranks) for layer in LAYERS for site in ("weight", "weight.grad")}
+
+
+def test_a_shard_of_a_weight_that_one_rank_holds(tmp_path):
+    """Gathered, it takes its NaN to the outputs of all ranks at the same place; the parameter itself tells of which."""
+    ranks = [Rank(rank, 4, shards=sharded(rank, 4), changes=FORWARD, status=failed()) for rank in range(4)]
+    merged = merge(written(tmp_path, *but(ranks, 2, changes=FORWARD | dirty("fc2", "weight"))))
+    assert place(merged) == (2, "fc2", "weight", FAILS)
+    assert "ranks 0, 1, 3 had it further on" in merged.first.why
+
+
+def test_a_warning_of_long_ago_is_not_where_it_began(tmp_path):
+    """A trigger that warned, and let the rank go on, before a NaN was born on another; nor is it why a rank was called."""
+    warned = Failure("LossSpike", 103, "the loss spiked at step 103")
+    ranks = [Rank(0, 2, changes=REDUCED, status=Status("running", (warned,))), Rank(1, 2, changes=FORWARD, status=failed())]
+    assert place(merge(written(tmp_path / "nan", *ranks))) == (1, "fc2", "output", FAILS)
+    spiked = failed(trigger="LossSpike", message="the loss spiked at step 112")
+    ranks = [Rank(0, 2, status=Status("failed", (warned, *called(1).failures))), Rank(1, 2, status=spiked)]
+    merged = merge(written(tmp_path / "called", *ranks))
+    assert (merged.first.rank, merged.first.step) == (1, FAILS)
+    assert [word.state for word in merged.words] == ["called", "failed"]
+
+
+def test_the_first_rank_may_have_been_called(tmp_path):
+    """Another rank's triggers were quicker by a moment; the report of the first is not that another one failed."""
+    merged = merge(written(tmp_path, Rank(0, 2, changes=REDUCED, status=failed()), Rank(1, 2, changes=FORWARD, status=called(0))))
+    assert place(merged) == (1, "fc2", "output", FAILS)
+    assert merged.report.what == "loss is NaN at step 112"
+    assert (merged.report.rank, merged.report.findings[0].layer) == (1, "fc2")
+
+
+def test_a_death_on_another_machine(tmp_path):
+    """Nobody can tell from here whether a process lives; where the others have lost one, it does not."""
+    elsewhere = replace(this_process(), host="node17")
+    ranks = but(several(3, status=LOST, process=elsewhere), 1, status=Status())
+    assert merge(written(tmp_path / "dead", *ranks)).first.rank == 1
+    ranks = but(several(3, status=Status(), process=elsewhere), 1, steps=range(100, 110))
+    slow = merge(written(tmp_path / "slow", *ranks))
+    assert (slow.first, slow.late) == (None, (1,)), "all may be alive"
+    ranks = but(ranks, 2, status=Status("ended"))
+    assert merge(written(tmp_path / "over", *ranks)).first.rank == 1
+
+
+def test_a_timeout_of_its_own_is_no_lost_rank(tmp_path):
+    """The loader of data has them too."""
+    bug = Status("exception", exception="RuntimeError: DataLoader timed out after 30 seconds")
+    assert merge(written(tmp_path, *but(several(3, status=LOST), 1, status=bug))).first.rank == 1
+
+
+def test_a_damaged_box_beside_a_dump(tmp_path):
+    """The dump is read."""
+    ranks = [Rank(0, 2, changes=REDUCED, status=failed()), Rank(1, 2, changes=FORWARD, status=failed())]
+    _codec.save(ranks[1].report(), tmp_path / "step00000112" / "rank00001.json")
+    ranks[0].write(tmp_path)
+    (tmp_path / "rank00001.blackbox").write_bytes(b"\x89nobsbox" + b"?" * 500)
+    merged = merge(tmp_path)
+    assert place(merged) == (1, "fc2", "output", FAILS)
+    assert merged.words[1].file.endswith(".json")
+
+
+def test_the_name_of_a_file_says_of_which_rank_it_is(tmp_path):
+    """Also where two have the same header: none is lost."""
+    box = Rank(0, 2).write(tmp_path)
+    box.with_name("rank00001.blackbox").write_bytes(box.read_bytes())
+    assert [(word.rank, word.state) for word in merge(tmp_path).words] == [(0, "ended"), (1, "ended")]
+
+
+def test_copies_of_which_the_first_is_another(tmp_path):
+    """Those are named that are fewer, be it the lowest rank; shards that several ranks hold are compared too, and NaN."""
+    changes = {("fc2", "weight", step): {"norm": 20.3} for step in range(107, 115)}
+    merged = merge(written(tmp_path / "whole", *but(several(4), 0, changes=changes)))
+    assert [(a.layer, a.site, a.step, a.ranks) for a in merged.apart] == [("fc2", "weight", 107, (0,))]
+    hybrid = [Rank(rank, 6, shards=sharded(rank, 2)) for rank in range(6)]
+    merged = merge(written(tmp_path / "hybrid", *but(hybrid, 3, changes=changes)))
+    assert [(a.layer, a.site, a.step, a.ranks) for a in merged.apart] == [("fc2", "weight", 112, (3,))]
+    lost = {("fc2", "weight", 114): {"norm": math.nan, "nan": 4096}}
+    merged = merge(written(tmp_path / "nan", *but(several(3), 2, changes=lost)))
+    assert [(a.step, a.ranks) for a in merged.apart] == [(114, (2,))]
 
 
 # -- norms of the whole ------------------------------------------------------------------------------------------------
@@ -325,6 +414,38 @@ def test_steps_that_not_all_ranks_have():
     np.testing.assert_allclose(norms.gradient, [math.nan, 2, 2, math.nan])
 
 
+def test_a_copy_knows_what_the_first_has_not_recorded():
+    """A rank that ended early, and one that began late, leave no hole where another holds the same part; nor does one count
+    twice.
+    """
+    gradient = np.arange(1, 9, dtype=np.float64)
+    for order in ([(0, (3, 4)), (1, (3, 4, 5)), (0, (4, 5))], [(0, (4, 5)), (1, (3, 4, 5)), (0, (3, 4))]):
+        whole = Whole()
+        for rank, (index, steps) in enumerate(order):
+            whole.add(rank, history_of({"weight.grad": gradient[index::2]}, {"weight.grad": Shard(index, 2)}, steps))
+        np.testing.assert_allclose(whole.norms().gradient, [np.linalg.norm(gradient)] * 3)
+
+
+def test_stages_add_up_and_what_did_not_run_is_no_hole():
+    """Of layers on different ranks the gradient is that of all; where a rank that holds one is gone, it is not known."""
+    branch = history_of({"a.grad": np.full(1, 3.0), "b.grad": np.full(1, 4.0)}, {}, (0, 1))
+    branch.values[1, 1, -1] = np.inf  # b is a branch that was not taken
+    other = replace(history_of({"c.grad": np.full(1, 12.0)}, {}, (0,)))
+    whole = Whole()
+    whole.add(0, branch)
+    np.testing.assert_allclose(whole.norms().gradient, [5, 3])
+    whole.add(1, other)
+    np.testing.assert_allclose(whole.norms().gradient, [13, math.nan])
+
+
+def test_ranks_far_apart_keep_the_newest_steps():
+    """However many there are."""
+    whole = Whole()
+    for rank in range(20):
+        whole.add(rank, history_of({"weight": np.ones(2)}, {}, range(10 * rank, 10 * rank + 5)))
+    assert whole.norms().steps == (*range(180, 185), *range(190, 195))
+
+
 # -- the terminal, the command line ------------------------------------------------------------------------------------
 
 
@@ -375,6 +496,14 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["merge", str(run), "-o", str(tmp_path / "merged.json")]) == 2
     assert "--force" in capsys.readouterr().err
     assert cli.main(["merge", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_merged_report_in_the_folder_of_its_run(tmp_path, capsys):
+    """Is no dump of a rank, to whatever is asked next."""
+    written(tmp_path, *several(2))
+    assert cli.main(["merge", str(tmp_path), "-o", str(tmp_path / "merged.json")]) == 0
+    for command in (["check"], ["merge"], ["show", "--layer", "fc2"]):
+        assert cli.main([*command, str(tmp_path)]) == 0, capsys.readouterr().err
 
 
 def test_one_rank_can_be_merged_too(tmp_path):

@@ -1,12 +1,14 @@
 """Who was first. Pure functions over the traces of all ranks, asked in this order:
 
-NaN or Inf    the earliest step with one on any rank. In that step a rank whose own outputs, or their gradients, had it is
-              before one that has it in gradients of parameters only, through a reduction; then forward is before the loss,
-              and that before backward; then born here before come in; then the place in the order of execution
+NaN or Inf    the earliest step with one on any rank. In that step a rank that had it in a parameter, or in its own outputs or
+              their gradients, is before one that has it in gradients of parameters only, through a reduction; then parameters
+              are before forward, that before the loss, and that before backward; then born here before come in; then the place
+              in the order of execution
 a trigger     the earliest failing step. Reduced gradients make triggers fire on all ranks alike: then the rank whose own
               outputs or loss stand out there, from its own past and from the other ranks, and else nobody
 an exception  but for one that only says that another rank is gone
-a death       without a word: of those, who came least far
+a death       without a word: of those, who came least far. Of a process on another machine nobody can tell whether it lives:
+              where others lost a rank, or are at their end and came further, it counts as dead
 the rest      what was left above, and SIGTERM
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -28,8 +31,11 @@ PAST, ENOUGH = 20, 3
 LEAD = 5
 """A trigger may see a bad batch some steps late: so many steps before are looked at too."""
 
-_OF_ANOTHER = ("by peer", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "gloo", "processgroup", "remote")
-"""What an exception says where another rank is gone."""
+_OF_ANOTHER = (
+    "by peer", "by remote", "remote process", "connection reset", "broken pipe", "nccl", "gloo", "processgroup", "process group",
+    "socket timeout", "wait timeout", "watchdog", "distnetworkerror", "tcpstore",
+)  # fmt: skip
+"""What an exception says where another rank is gone; not any timeout, which the reading of data has too."""
 
 
 def who_was_first(traces: Sequence[Trace]) -> First | None:
@@ -40,18 +46,19 @@ def who_was_first(traces: Sequence[Trace]) -> First | None:
 def _not_finite(traces: Sequence[Trace]) -> First | None:
     dirty = [(trace, trace.wrong) for trace in traces if trace.wrong is not None]
     step = min((wrong.step for _, wrong in dirty), default=None)
-    failed = min((trace.failure.step for trace in traces if trace.failure), default=None)
+    failed = min((t.failure.step for t in traces if t.failure and t.state == "failed"), default=None)  # others were warned
     if step is None or (failed is not None and failed < step):  # what a trigger saw before is where it began
         return None
     dirty = sorted(((t, w) for t, w in dirty if w.step == step), key=lambda pair: _key(*pair))
     first, wrong = dirty[0]
     ranks = tuple(sorted(trace.rank for trace, _ in dirty))
-    clean = [trace for trace in traces if trace.rank not in ranks and trace.row_of(step) is not None]
+    had = set(ranks)
+    clean = [trace for trace in traces if trace.rank not in had and trace.row_of(step) is not None]
     what = f"NaN or Inf in {_place(wrong)}"
     known: int | None = first.rank
     if len(traces) == 1:
         why = f"the only rank here had {what} at step {step}"
-    elif wrong.own:
+    elif wrong.own or (wrong.phase == 0 and not (wrong.whole and clean)):
         alike = [trace.rank for trace, other in dirty if _key(trace, other)[:4] == _key(first, wrong)[:4]]
         known = first.rank if len(alike) == 1 else None
         why = _own(dirty, alike, what, step, clean)
@@ -66,13 +73,14 @@ def _not_finite(traces: Sequence[Trace]) -> First | None:
 
 
 def _key(trace: Trace, wrong: Wrong) -> tuple[bool, int, bool, float, int]:
-    return not wrong.own, wrong.phase, wrong.came_in, wrong.place, trace.rank
+    return not (wrong.own or wrong.phase == 0), wrong.phase, wrong.came_in, wrong.place, trace.rank
 
 
 def _own(dirty: Sequence[tuple[Trace, Wrong]], alike: Sequence[int], what: str, step: int, clean: Sequence[Trace]) -> str:
     """The sentence for ranks whose own numbers had it first, and what the others had."""
-    further = [trace.rank for trace, wrong in dirty if wrong.own and trace.rank not in alike]
-    through = [(trace.rank, wrong) for trace, wrong in dirty if not wrong.own]
+    there = set(alike)
+    further = [trace.rank for trace, wrong in dirty if (wrong.own or wrong.phase == 0) and trace.rank not in there]
+    through = [(trace.rank, wrong) for trace, wrong in dirty if not wrong.own and wrong.phase]
     why = f"{named(alike)} had {what} at step {step}"
     if len(alike) > 1:
         why += ", at the same place"
@@ -141,13 +149,23 @@ def _exception(traces: Sequence[Trace]) -> First | None:
 
 
 def _death(traces: Sequence[Trace]) -> First | None:
-    return _earliest(traces, lambda t: t.state == "killed", "died without a word")
+    furthest = max((t.last_step for t in traces if t.last_step is not None), default=-1)
+    lost = any(t.exception is not None and _of_another(t) for t in traces)
+    over = any(t.state not in ("running", "unknown") for t in traces)
+
+    def fell_silent(t: Trace) -> bool:
+        behind = t.last_step is None or t.last_step < furthest - 1
+        return t.state == "killed" or (t.state == "unknown" and (lost or (over and behind)))
+
+    return _earliest(traces, fell_silent, "died without a word")
 
 
 def _rest(traces: Sequence[Trace]) -> First | None:
-    return _earliest(traces, lambda t: t.exception is not None, "lost another rank") or _earliest(
-        traces, lambda t: t.state == "sigterm", "was stopped by SIGTERM"
-    )
+    lost = _earliest(traces, lambda t: t.exception is not None, "lost another rank")
+    stopped = _earliest(traces, lambda t: t.state == "sigterm", "was stopped by SIGTERM")
+    if lost is None and stopped is not None and len(stopped.ranks) > 1:  # from outside, and all alike
+        return replace(stopped, rank=None, why=f"{named(stopped.ranks)} were stopped by SIGTERM")
+    return lost or stopped
 
 
 def _of_another(trace: Trace) -> bool:

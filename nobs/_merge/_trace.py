@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from .._blackbox import read
 from .._case import Case, Event
-from .._columns import ELEMENTS, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER_GRAD, Floats
+from .._columns import ELEMENTS, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PARAMETER_GRAD, Floats
 from .._history import History, bad_counts
 from .._load import is_black_box, load
 from .._ranks import Wrong
@@ -18,6 +19,8 @@ from .._recover import REASONS
 from .._schema import OTHER_RANK, Failure
 
 _OWN = (OUTPUT, OUTPUT_GRAD)
+_NOT_REDUCED = (*_OWN, PARAMETER)
+"""A parameter counts here: where one is not finite in the first dirty step, no reduction of that step has made it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +60,11 @@ class Trace:
         return int(rows[-1]) if rows.size else None
 
 
-def traced(file: Path) -> tuple[Trace, History]:
+def traced(file: Path, number: int) -> tuple[Trace, History]:
     """What is kept of a rank's file, and its history, which the caller lets go.
+
+    Args:
+        number: of the rank, as the file's name has it: what stands in a file may be copied.
 
     Raises:
         UnreadableDump: it cannot be read.
@@ -68,22 +74,21 @@ def traced(file: Path) -> tuple[Trace, History]:
         status = box.status
         state = REASONS.get(status.state if status else "") or _by_life(box.alive)
         failures = status.failures if status else ()
-        rank, world_size = box.header.rank, box.header.world_size
-        history, exception = box.history, status.exception if status else None
+        world_size, history, exception = box.header.world_size, box.history, status.exception if status else None
     else:
         report = load(file)
         state, failures = report.reason, (report.failure,) if report.failure else ()
-        rank, world_size, history, exception = report.rank, report.world_size, report.history, report.exception
-    own = [failure for failure in failures if failure.trigger != OTHER_RANK]
+        world_size, history, exception = report.world_size, report.history, report.exception
+    own = _own_failure(failures, state, history)
     state = {"trigger": "failed" if own else "called", "manual": "unknown"}.get(state, state)
     wrong = first_wrong(history)
     outputs = history.table.of_kind[OUTPUT]
     trace = Trace(
-        rank,
+        number,
         world_size,
         file,
         state,
-        own[-1] if own else None,
+        own,
         exception,
         wrong,
         history.steps,
@@ -93,6 +98,17 @@ def traced(file: Path) -> tuple[Trace, History]:
         tuple(history.table.taps[line].layer for line in outputs),
     )
     return trace, history
+
+
+def _own_failure(failures: Sequence[Failure], state: str, history: History) -> Failure | None:
+    """What its own triggers saw last: of a rank that was stopped, what stopped it, and of one that went on, what is still there.
+
+    A warning of long ago is not why a rank was called.
+    """
+    if state == "trigger":
+        return failures[-1] if failures and failures[-1].trigger != OTHER_RANK else None
+    own = (f for f in reversed(failures) if f.trigger != OTHER_RANK and history.row_of(f.step) is not None)
+    return next(own, None)
 
 
 def _by_life(alive: bool | None) -> str:
@@ -129,21 +145,25 @@ def first_wrong(history: History) -> Wrong | None:
     row = int(rows[0])
     case = Case(history.where(np.arange(len(history)) == row), None)  # the order of that step, and a tenth of the time
     events = [case.event(0, int(line)) for line in np.flatnonzero(bad[row])]
-    own = min((event for event in events if case.tap(event).kind in _OWN), default=None)
+    own = min((event for event in events if case.tap(event).kind in _NOT_REDUCED), default=None)
     step = int(history.steps[row])
     if lost[row] and (own is None or own.phase > 2):
         return Wrong(step, None, "loss", True, 2, False, 0.0, True)
     event = own or min(events)
     tap = case.tap(event)
-    return Wrong(
-        step, tap.layer, tap.site, own is not None, event.phase, _came_in(case, event), event.place,
-        (tap.layer, tap.site) not in history.shards,
-    )  # fmt: skip
+    clean = np.isfinite(history.values[row, :, FIRST]) & ~bad[row]
+    came_in = _came_in(case, event, clean, given is not None and bool(given[row]))
+    whole = (tap.layer, tap.site) not in history.shards
+    return Wrong(step, tap.layer, tap.site, tap.kind in _OWN, event.phase, came_in, event.place, whole)
 
 
-def _came_in(case: Case, event: Event) -> bool:
-    """Whether nothing before it was clean here: for a gradient the loss counts, which it then was born behind."""
-    if event.phase == 1:
-        return not case.clean_before(event, OUTPUT)
-    has_loss = "loss" in case.history.given and bool(case.history.given["loss"][event.row])
-    return event.phase == 3 and not has_loss and not case.clean_before(event, OUTPUT_GRAD)
+def _came_in(case: Case, event: Event, clean: NDArray[np.bool_], has_loss: bool) -> bool:
+    """Whether nothing before it was clean here: for a gradient the loss counts, which it then was born behind.
+
+    Args:
+        clean: `[taps]`, whether a tap ran and was finite.
+    """
+    kind = {1: OUTPUT, 3: OUTPUT_GRAD}.get(event.phase)
+    if kind is None or (event.phase == 3 and has_loss):
+        return False
+    return not any(clean[line] and case.event(0, line) < event for line in case.history.table.of_kind[kind].tolist())

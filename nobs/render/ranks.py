@@ -166,7 +166,7 @@ def _told(ranks: Ranks) -> RenderableType:
     lines: list[tuple[str, str]] = [("ranks", ranks.first.why)] if ranks.first else []
     lines += [("late", f"{named(ranks.late)}: behind the others by two steps or more")] if ranks.late else []
     for apart in ranks.apart[:MOST_APART]:
-        what = f"{apart.layer}.{apart.site} is another than on the lowest rank since step {apart.step}, on {named(apart.ranks)}"
+        what = f"{apart.layer}.{apart.site} is not the same on all ranks since step {apart.step}: other on {named(apart.ranks)}"
         lines.append(("copies", what))
     if len(ranks.apart) > MOST_APART:
         lines.append(("", f"and {len(ranks.apart) - MOST_APART} more parameters"))
