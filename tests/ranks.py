@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nobs
 import nobs._launch
@@ -137,9 +138,24 @@ def far_apart(directory):
             loop.step(step, loss_scale=float("inf") if loop.rank and step == FAILS_AT else 1.0)
 
 
+class NoCollective(TorchDispatchMode):
+    """Refuses what goes to the process group."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.namespace not in ("c10d", "_c10d_functional"), func
+        return func(*args, **(kwargs or {}))
+
+
 def healthy(directory):
-    """Nothing fails, and nobody says or writes anything but a black box."""
+    """Nothing fails, nobody says or writes anything but a black box, and no step of the recorder calls a collective."""
     loop = Loop(directory)
+    plain = loop.recorder.step
+
+    def step_alone(*args, **kwargs):
+        with NoCollective():
+            plain(*args, **kwargs)
+
+    loop.recorder.step = step_alone
     with loop.recorder:
         for step in range(STEPS):
             loop.step(step)

@@ -16,6 +16,8 @@ from nobs._schema import CAUSES, Failure
 from nobs._table import Tap, TapTable
 from nobs.diagnosis import diagnose
 
+SITES = ("output", "output.grad", "weight", "weight.grad")
+
 AT = 20
 
 
@@ -416,6 +418,25 @@ def test_a_gradient_that_became_zero_is_back_in_its_band():
     failure = Failure("GradientNorm", 99, "a gradient", "c", "weight.grad")
     first = diagnose(History(np.arange(100), table, values), failure)[0]
     assert (first.cause, first.layer, first.step) == ("gradient_explosion", "c", 95)
+
+
+@pytest.mark.parametrize(("ranks", "own"), [(1, False), (4, False), (4, True)])
+def test_what_a_reduction_may_have_brought(ranks, own):
+    """A gradient of a parameter that is NaN while those of all outputs are not: with several ranks it is of any of them."""
+    table = TapTable(tuple(Tap(layer, "Linear", *pair) for layer in ("a", "b") for pair in zip(SITES, KINDS, strict=True)))
+    values = np.zeros((6, len(table), 8), dtype=np.float32)
+    values[..., :2], values[..., 6], values[..., 7] = 1, 64, 1 + np.arange(len(table)) // 4
+    values[-1, table.line("b", "weight.grad"), 2] = 64
+    values[-1, table.line("a", "output.grad"), 2] = 64 * own
+    loss = {"loss": np.ones(6)}
+    failure = Failure("NonFinite", 5, "64 of 64 values NaN in b (weight.grad) at step 5", "b", "weight.grad")
+    history = History(np.arange(6), table, values, loss, {"loss": np.full(6, True)})
+    first = diagnose(history, failure, ranks=ranks)[0]
+    assert (first.cause, first.layer) == ("nonfinite_backward", "b")
+    brought = ranks > 1 and not own
+    assert ("from any of 4 ranks" in first.evidence) == brought
+    assert (first.confidence < 0.3) == brought
+    assert ("nobs merge" in first.advice) == brought
 
 
 def test_a_list_of_parameters_takes_no_blame(tmp_path):

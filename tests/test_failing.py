@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,34 @@ def test_sigterm(tmp_path, how, code, says):
     reports = [nobs.load(path) for path in dumps(tmp_path)]
     assert reports[0].reason == "sigterm"
     assert reports[0].history.steps.tolist() == [0, 1, 2, 3, 4]
+
+
+WHILE_FAILING = """
+    import os, signal, sys
+    import nobs
+    from nobs import _publish
+    from nets import Images
+    from runs import run
+    write = _publish.write
+    def slowly(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does that stops all ranks behind the first
+        return write(*args, **kwargs)
+    _publish.write = slowly
+    model = nobs.instrument(Images())
+    with nobs.Recorder(model, directory=sys.argv[1]) as recorder:
+        run(recorder, model, 9, loss_at={4: float("nan")})
+"""
+
+
+def test_sigterm_while_a_dump_is_written(tmp_path):
+    """It is waited for the dump, of which there is one, and then the process ends as it would have."""
+    script = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WHILE_FAILING), str(tmp_path)]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False, env=environ)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert "loss is NaN at step 4" in done.stderr
+    (path,) = dumps(tmp_path)
+    assert nobs.load(path).reason == "trigger"
 
 
 def test_the_handler_is_given_back(model, tmp_path):

@@ -26,6 +26,7 @@ def use() -> Path | None:
     with nobs.Recorder(model, optimizer=[optimizer], triggers=[NonFinite(), GradientNorm(10.0), LossSpike(), Mine()]) as recorder:
         recorder.step(torch.ones(()), batch="a.tar", accuracy=0.5)
         recorder.step(1.0)
+        recorder.step(None)
     box: Path | None = nobs.Recorder(model, blackbox=Path("elsewhere"), durable=True).blackbox
     history: nobs.History = recorder.history()
     norms = history["fc", "output", "norm"]
