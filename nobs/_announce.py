@@ -10,7 +10,7 @@ from ._lookout import Lookout
 from ._names import safe_text
 from ._schema import Report
 
-MOST_RANKS = 256
+MOST_RANKS = 64
 """Of so many ranks the files are read at the end of a run, before the launcher loses its patience; of more by `nobs merge`."""
 
 
@@ -27,11 +27,8 @@ def show(report: Report, path: Path | None) -> None:
         say(f"nobs: {safe_text(report.summary(), 1000)}; dump: {path}")
 
 
-def show_together(lookout: Lookout, report: Report | None, path: Path | None, run: Path, *, linger: bool = True) -> None:
-    """Rank 0 waits for what all write, and prints it; the others stay until it has, as a launcher stops all behind the first.
-
-    Not where a rank has left its loop (`linger=False`): rank 0 may hang in a collective with it, for ever.
-    """
+def show_together(lookout: Lookout, report: Report | None, path: Path | None, run: Path, *, linger: bool) -> None:
+    """Rank 0 waits for what all write, and prints it; the others may linger until then: a launcher stops all behind the first."""
     lookout.gather()
     if report is not None:
         show_ranks(report, path, run)

@@ -64,15 +64,15 @@ class Lookout:
     def start(self) -> None:
         """Begin to listen."""
         if self._board is not None and self._thread is None:
-            self._thread = threading.Thread(target=_listen, args=(weakref.ref(self), self._errands), name="nobs", daemon=True)
+            known = weakref.ref(self), self._board, self._errands
+            self._thread = threading.Thread(target=_listen, args=known, name="nobs", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._errands.put, None)  # a recorder without a `with`, and the end of the program
+            weakref.finalize(self, _end, self._thread, self._errands)  # a recorder without a `with`, and the end of the program
 
     def stop(self) -> None:
         """Listen no more: the loop is over."""
         if self._thread is not None:
-            self._errands.put(None)
-            self._thread.join(1.0)  # it may hang in a connection to a machine that is gone
+            _end(self._thread, self._errands)
             self._thread = None
 
     # -- the training's side ---------------------------------------------------------------------------------------
@@ -212,30 +212,42 @@ class Lookout:
         return True
 
 
-def _listen(lookout: weakref.ref[Lookout], errands: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+def _listen(lookout: weakref.ref[Lookout], board: Board, errands: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     """The thread: holds its lookout only while it asks, so that a recorder that nobody holds any more is free to go."""
-    reached = _turn(lookout, lambda own, board: board.join())
+    reached = _reached(board.join)
     while (own := lookout()) is not None:
         interval_s = own._interval_s
         del own
         try:
             errand = errands.get(timeout=interval_s)
         except queue.Empty:
-            reached = reached and _turn(lookout, Lookout._look)
+            reached = reached and _reached(lambda: _look(lookout, board))
             continue
         if errand is None:
             break
         errand()
     if reached:
-        _turn(lookout, lambda own, board: board.leave())
+        _reached(board.leave)
 
 
-def _turn(lookout: weakref.ref[Lookout], do: Callable[[Lookout, Board], None]) -> bool:
-    """Whether the store could be reached: it may have gone with the rank that had it, and there is nobody to hear from."""
+def _end(thread: threading.Thread, errands: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """Send the thread home, and wait for it: one that comes back from torch's C++ when Python has ended aborts the process."""
+    errands.put(None)
+    if thread is not threading.current_thread():
+        thread.join(2.0)  # no longer: it may hang in a connection to a machine that is gone
+
+
+def _look(lookout: weakref.ref[Lookout], board: Board) -> None:
+    own = lookout()
+    if own is not None:
+        own._look(board)
+
+
+def _reached(ask: Callable[[], None]) -> bool:
+    """Whether the store could be asked: it may have gone with the rank that had it, and there is nobody to hear from."""
     try:
-        if (own := lookout()) is not None and own._board is not None:
-            do(own, own._board)
-        return True
+        ask()
     except Exception as error:
         log.debug("nobs hears no more of the other ranks", exc_info=error)
         return False
+    return True

@@ -90,8 +90,7 @@ class Recorder:
         self._update.attach()
         self._ring.facts = self._update.facts()
         self._off = _launch.disabled()
-        board = None if self._off else _group.board()
-        run = _launch.run_name() if board is None else board.run_name(_launch.run_name())
+        board, run = (None, _launch.run_name()) if self._off else _group.board_of(_launch.run_name())
         self._run_directory = Path(directory) / run
         self._lookout = Lookout(board, _group.rank(), _group.world_size(), capacity, self._dump_called)
         self._lookout.start()
@@ -250,7 +249,8 @@ class Recorder:
         with self._sigterm.held():
             if self._on_failure != "warn":
                 self._box.tell(state="failed")
-            _announce.show_together(self._lookout, self.report, self._dumped, self._run_directory)
+            linger = self._on_failure != "warn" and not self._lookout.gone  # else rank 0 may hang in a collective, for ever
+            _announce.show_together(self._lookout, self.report, self._dumped, self._run_directory, linger=linger)
         self._lookout.done()
         self._mute_until = self._step + self._ring.capacity
         if self.report is not None:

@@ -9,7 +9,9 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import run
 
+import nobs
 from nobs import _board, _lookout
 from nobs._board import Alarm, Board
 from nobs._lookout import Lookout
@@ -253,3 +255,31 @@ def test_the_first_alarm_counts():
     assert boards[0].post(0, alarm_of(0)) == boards[1].post(0, alarm_of(1)) == boards[1].alarm(0) == alarm_of(0)
     assert boards[0].alarm(1) is None
     assert _board.decode(_board.encode(alarm_of(0, message="✕ [red]"))) == alarm_of(0, message="✕ [red]")
+
+
+def test_a_lookout_that_is_gone_is_not_waited_for():
+    """Its rank counts as one that has ended."""
+    store = dist.HashStore()
+    ranks = ranks_over(store, 2)
+    del ranks[1]
+    gc.collect()
+    board = Board(store, "nobs/0")
+    wait_for(lambda: board._count("left") == 1)
+    ranks[0].lookout.call(alarm_of(0), 3)
+    begun = time.monotonic()
+    assert ranks[0].lookout.due(3, last=False)
+    assert time.monotonic() - begun < 0.4
+
+
+def test_a_group_whose_store_can_nothing(model, tmp_path):
+    """A fake one, as planners of large runs use it: rank and world size are its, and each acts for itself."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
+    try:
+        with nobs.Recorder(model, directory=tmp_path) as recorder:
+            run(recorder, model, 2)
+            report = nobs.load(recorder.dump())
+    finally:
+        dist.destroy_process_group()
+    assert (report.rank, report.world_size, len(report.history)) == (3, 8, 2)
