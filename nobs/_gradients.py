@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _kernels, _stats
+from . import _kernels
+from ._callers import inside_another_backward
 from ._columns import TRAINED
-from ._kernels import Reading
-from ._local import local, shard_of
-from ._onlookers import readable, unseen
+from ._kernels import Reading, measurable_part
+from ._local import among_ranks, is_placed, shard_of
+from ._onlookers import unseen
+from ._pipelines import follow_stages, leave_stages
 from ._row import FIRST_TAP_LINE, LiveRow
 from ._table import WHOLE
-from ._watched import Watched, version_of
+from ._watched import Backward, Watched, forget_ended, mark_of, version_of, written_between
 
 
 class GradientWatch:
@@ -39,10 +41,13 @@ class GradientWatch:
         """Watch parameters, given as layer, own name, and line in the table; the gradient's line is the next."""
         self._row = row
         self._watched = [Watched(layer, name, FIRST_TAP_LINE + tap) for layer, name, tap in parameters]
-        self._touched: dict[int, tuple[int, list[Watched]]] = {}
+        self._running: dict[int, Backward] = {}
+        self._inner = Backward(-1, {}, [])
+        self._outside = False
         self._passing: list[Watched] = []
         self._unsettled: list[Watched] = []
         self._read_since = -1
+        self._stages: list[Any] | None = None
         # Of several threads that run backward the last to read has the whole gradient: it must also be the last to write.
         self._writing = threading.RLock()
         self.hook()
@@ -92,6 +97,7 @@ class GradientWatch:
             if parameter is not None and parameter._post_accumulate_grad_hooks == {}:
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         self._watched.clear()
+        leave_stages(self._stages or [])
 
     # Inside a compiled training step backward runs under Dynamo's eyes, which has nothing to compile in these two.
 
@@ -102,35 +108,56 @@ class GradientWatch:
         The engine numbers its backwards, and nested ones (reentrant checkpointing) have numbers of their own.
         """
         task = torch._C._current_graph_task_id()
-        if task not in self._touched:
-            if len(self._touched) >= 8:  # what backwards of earlier steps, ended by an error, have left behind
-                for old, (blanks, _) in list(self._touched.items()):  # a copy, and in place: other threads put theirs in
-                    if blanks != self._row.blanks:
-                        self._touched.pop(old, None)
-            self._touched[task] = self._row.blanks, []
-            engine: Any = torch.autograd.Variable._execution_engine
-            # Queued twice over, to run behind DDP's own callback, which waits for the reduction.
-            engine.queue_callback(lambda: engine.queue_callback(partial(self._read, task)))
+        if self._stages is None:  # now, as a pipeline's stage is made of the instrumented model
+            self._stages = follow_stages(self.layers().values(), self._read_again)
+        if task not in self._running and task >= 0:
+            self._begin(task)
         if not self._row.recording or parameter.grad is None:  # compiled code may call for a gradient that it does not give
             return
         hooks = parameter._post_accumulate_grad_hooks
-        # Maybe an optimizer in the backward: behind this hook the gradient is gone.
-        if watched.gone or (hooks is not None and len(hooks) > 1):
+        if task < 0:  # a pipeline has FSDP2 reduce its gradients behind the last backward: no callback would come
+            if self.idle:
+                self._note_rates()
+            self._outside, self._read_since = True, self._row.blanks
             self._guarded(partial(self._write_now, watched, parameter))
+        # Maybe an optimizer in the backward: behind this hook the gradient is gone.
+        elif watched.gone or (hooks is not None and len(hooks) > 1):
+            self._guarded(partial(self._write_now, watched, parameter))
+            self._passing.append(watched)
         else:
-            self._touched.setdefault(task, (self._row.blanks, []))[1].append(watched)
+            self._running.setdefault(task, Backward(self._row.blanks, {}, [])).reached[id(watched)] = parameter
+
+    def _begin(self, task: int) -> None:
+        forget_ended(self._running, self._row.blanks)
+        marks = [mark_of(watched.now()) for watched in self._watched] if among_ranks() else []
+        self._running[task] = Backward(self._row.blanks, {}, marks)
+        engine: Any = torch.autograd.Variable._execution_engine
+        # Queued twice over, to run behind the callbacks of DDP and FSDP, which wait for the reduction.
+        engine.queue_callback(lambda: engine.queue_callback(partial(self._read, task)))
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _read(self, task: int) -> None:
         """The callback at the end of a backward."""
-        _, touched = self._touched.pop(task, (0, []))
+        backward = self._running.pop(task, Backward(0, {}, []))
         if self._row.paused:  # this backward leads to no update of the recorded run
             return
-        note = None if self._row.before_update is None else self._row.before_update()
-        if note is not None:
-            self._guarded(note)
+        if self._inner.blanks == self._row.blanks:
+            backward = backward._replace(reached=self._inner.reached | backward.reached)
+        # Behind a backward inside of another DDP has not reduced yet: what was read is read again at the end of that.
+        self._inner = backward._replace(blanks=self._row.blanks if inside_another_backward() else -1)
+        self._note_rates()
         if self._row.recording:
-            self._guarded(partial(self._write, touched))
+            self._guarded(partial(self._write, backward))
+
+    def _read_again(self) -> None:
+        """A pipeline has divided what was read in this step."""
+        read = {id(w): now for w in self._watched if w.blanks == self._row.blanks and (now := w.now()) is not None}
+        if self._row.recording:
+            self._guarded(partial(self._write, Backward(self._row.blanks, read, [])))
+
+    def _note_rates(self) -> None:
+        if self._row.before_update is not None and (note := self._row.before_update()) is not None:
+            self._guarded(note)
 
     def _guarded(self, write: Callable[[], None]) -> None:
         """nobs must never end a run: on an error recording stops, and the recorder says so once."""
@@ -140,21 +167,24 @@ class GradientWatch:
         except Exception as error:
             self._row.give_up(error)
 
-    def _write(self, touched: list[Watched]) -> None:
+    def _write(self, backward: Backward) -> None:
         for watched in self._passing:  # a hook behind ours took the gradient away: it was an optimizer
             watched.used = getattr(watched.now(), "grad", None) is None
         self._passing.clear()
         self._note_updates()
         readings: list[Reading] = []
-        reached = set(map(id, touched))
-        for watched in self._watched:  # those without a gradient in this backward too
+        for i, watched in enumerate(self._watched):  # those without a gradient in this backward too
             parameter = watched.now()
             if parameter is None:
                 continue
-            if id(watched) in reached:
+            reached = backward.reached.get(id(watched))
+            if reached is not None and is_placed(reached):  # what FSDP2 has left gathered stands in its place
+                parameter = reached
+            if reached is not None and reached is parameter:
                 watched.gone = parameter.grad is None
                 self._read_gradient(watched, parameter, readings)
-            elif self._hook(watched, parameter):  # unfrozen since, or put in place of another
+            # Unfrozen since, or put in place of another; or DDP wrote what other ranks had, where this one had nothing.
+            elif self._hook(watched, parameter) or (backward.before and written_between(backward.before[i], mark_of(parameter))):
                 self._read_gradient(watched, parameter, readings)
             if not watched.gone and watched.valued != self._row.blanks:  # else it is updated by now
                 self._read_value(watched, parameter, readings)
@@ -166,7 +196,6 @@ class GradientWatch:
         if watched.valued != self._row.blanks:
             self._read_value(watched, parameter, readings)
         _kernels.fold_all(self._row.values, readings)
-        self._passing.append(watched)
 
     def _note_updates(self) -> None:
         """Which readings have been used by the optimizers that stepped since the last backward, and which would be told."""
@@ -199,14 +228,20 @@ class GradientWatch:
 
     def _part(self, tensor: Tensor, line: int) -> Tensor | None:
         """What there is to measure of a tensor on this rank; which part of it that is goes into the row."""
-        part = _measurable(tensor)
-        if part is not None and part is not tensor and (shard := shard_of(tensor)) != WHOLE:
-            tap = self._row.table.taps[line - FIRST_TAP_LINE]
-            self._row.shards[tap.layer, tap.site] = shard
+        part = measurable_part(tensor)
+        if among_ranks():
+            tap, shard = self._row.table.taps[line - FIRST_TAP_LINE], shard_of(tensor)
+            if shard != WHOLE:
+                self._row.shards[tap.layer, tap.site] = shard
+            elif (tap.layer, tap.site) in self._row.shards:  # FSDP2 has left it gathered: no part, and no number of this rank
+                return None
         return part
 
     def settle(self) -> None:
         """Take back the readings that came behind an update and led to none; before the row is sent."""
+        if self._outside:  # no backward has read the parameters that have no gradient
+            self._outside = False
+            self._guarded(partial(self._write, Backward(self._row.blanks, {}, [])))
         if not self._unsettled:
             return
         self._note_updates()
@@ -227,15 +262,3 @@ class GradientWatch:
 
 def _parameters_of(optimizers: list[torch.optim.Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-
-
-def _measurable(tensor: Tensor) -> Tensor | None:
-    """What there is to measure of a parameter or a gradient on this rank."""
-    tensor = local(tensor)
-    if tensor.layout == torch.sparse_coo:  # Embedding(sparse=True): the rows that were looked up
-        tensor = tensor.coalesce().values()
-    plain = type(tensor) in _PLAIN and not tensor.is_meta  # no wrapper; and a batch of gradients never accumulates
-    return tensor if (plain or readable(tensor)) and _stats.measurable(tensor) else None
-
-
-_PLAIN = (Tensor, nn.Parameter)

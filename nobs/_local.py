@@ -22,13 +22,29 @@ if torch.distributed.is_available():
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds: any tensor but a DTensor is its own."""
-    if not isinstance(x, _DTENSOR):
-        return x
+    """The part of a tensor that this rank holds: any tensor but a DTensor is its own.
+
+    Of a sum that is not made yet (the output of a row-wise layer) that is this rank's addend.
+    """
     # The attribute: `to_local` gives a parameter's part on as a parameter, and is for autograd.
-    part: Tensor = x._local_tensor  # type: ignore[attr-defined]
+    part: Any = x
+    if is_placed(part):
+        part = part._local_tensor
     # A collective that the user's code began: whoever reads first waits for it, on an accelerator on its stream.
-    return part.wait() if isinstance(part, _PENDING) else part  # type: ignore[attr-defined]
+    if isinstance(part, _PENDING):
+        part = part.trigger_wait()  # type: ignore[attr-defined]
+    lying_here: Tensor = part
+    return lying_here
+
+
+def is_placed(x: object) -> bool:
+    """Whether it is a DTensor, of which this rank may hold a part only."""
+    return isinstance(x, _DTENSOR)
+
+
+def among_ranks() -> bool:
+    """Whether there are other ranks, which may have a hand in gradients."""
+    return bool(_DTENSOR) and torch.distributed.is_initialized()
 
 
 def shard_of(x: Tensor) -> Shard:
@@ -36,7 +52,7 @@ def shard_of(x: Tensor) -> Shard:
 
     Parts are counted over those dimensions of the mesh that the tensor is sharded on; ranks that differ in others hold copies.
     """
-    if not isinstance(x, _DTENSOR):
+    if not is_placed(x):
         return WHOLE
     placed: Any = x
     index, of = 0, 1

@@ -25,6 +25,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
 from . import _kernels, _stats
+from ._callers import tried_out
 from ._local import local
 from ._onlookers import no_training, no_training_eagerly, readable, unseen
 from ._row import LiveRow
@@ -41,7 +42,7 @@ def tap_in_graph(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> Non
 @torch._dynamo.disable  # type: ignore[untyped-decorator]
 def tap_eagerly(layer: nn.Module, row: LiveRow, given: Any, output: Any) -> None:
     """The same outside of graphs."""
-    if no_training_eagerly():
+    if no_training_eagerly() or tried_out():
         return
     slot: Any = layer._nobs_output
     grad_slot: Any = layer._nobs_output_grad

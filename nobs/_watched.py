@@ -1,8 +1,9 @@
-"""One parameter that is watched: where it is, and what the running step has read of it."""
+"""One parameter that is watched: where it is, and what the running step has read of it; and a backward that reaches some."""
 
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -47,6 +48,37 @@ class Watched:
     def updated(self, parameter: Tensor) -> bool:
         """Whether an update has used the last reading."""
         return self.used or (not self.told and version_of(parameter) != self.version)
+
+
+Mark: TypeAlias = "tuple[int, int, int]"
+
+
+def mark_of(parameter: Tensor | None) -> Mark:
+    """What tells whether the gradient of a parameter was written to."""
+    gradient = None if parameter is None else parameter.grad
+    return id(parameter), id(gradient), 0 if gradient is None else version_of(gradient)
+
+
+def written_between(before: Mark, after: Mark) -> bool:
+    """Whether it was, of two marks of one parameter."""
+    return before != after and before[0] == after[0]
+
+
+class Backward(NamedTuple):
+    """A backward that runs: since which blanking of the row, the parameters that received a gradient in it, by the id of their
+    `Watched`, and marks of all gradients when it began (none where no other rank could change one)."""
+
+    blanks: int
+    reached: dict[int, Tensor]
+    before: list[Mark]
+
+
+def forget_ended(running: dict[int, Backward], blanks: int) -> None:
+    """Drop what backwards of earlier steps, ended by an error, have left behind."""
+    if len(running) >= 8:
+        for task, backward in list(running.items()):  # a copy, and in place: other threads put theirs in
+            if backward.blanks != blanks:
+                running.pop(task, None)
 
 
 def version_of(tensor: Tensor) -> int:

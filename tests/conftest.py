@@ -19,6 +19,7 @@ BENCH = ("data", "models", "plant", "table", "runs", "score", "sessions", "oddit
 NAMED = (
     *(f"examples/{name}" for name in EXAMPLES),
     *(f"tests/{name}" for name in TESTS),
+    *(["tests/parallel_ways"] if torch.distributed.is_available() else []),
     *(f"bench/fault_{name}" for name in BENCH),
 )
 for name in NAMED:  # each imports those before it
@@ -59,6 +60,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("survived: how often, and what was compared bit for bit")
         for line in sorted(survived, key=lambda line: line["survived"]):
             terminalreporter.write_line("{survived:44} {counts}".format(**line))
+    spread = [dict(report.user_properties) for report in terminalreporter.getreports("passed") if report.user_properties]
+    spread = [line for line in spread if "parallel" in line]
+    if spread:
+        terminalreporter.section("parallel: largest relative error of a statistic on any rank, and of a norm of the whole")
+        for line in sorted(spread, key=lambda line: line["parallel"]):
+            whole = "" if line["whole"] is None else f"{line['whole']:7.1e}"
+            terminalreporter.write_line(f"{line['parallel']:44} {line['error']:7.1e}  {whole}")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _stats
 from . import _cpu, _cuda
 from ._reading import Reading as Reading
+from ._reading import measurable_part as measurable_part
 
 _KERNELS = {"cpu": _cpu, "cuda": _cuda}
 
