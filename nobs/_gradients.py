@@ -229,7 +229,7 @@ class GradientWatch:
     def _part(self, tensor: Tensor, line: int) -> Tensor | None:
         """What there is to measure of a tensor on this rank; which part of it that is goes into the row."""
         part = measurable_part(tensor)
-        if among_ranks():
+        if is_placed(tensor) or self._row.shards:  # as a rule nothing is spread over ranks
             tap, shard = self._row.table.taps[line - FIRST_TAP_LINE], shard_of(tensor)
             if shard != WHOLE:
                 self._row.shards[tap.layer, tap.site] = shard

@@ -10,15 +10,21 @@ from ._schema import Failure, Report
 from .diagnosis import diagnosed
 from .triggers import DEFAULT, TriggerEngine, with_settings
 
-REASONS = {"failed": "trigger", "exception": "exception", "sigterm": "sigterm", "ended": "ended"}
+_REASONS = {"failed": "trigger", "exception": "exception", "sigterm": "sigterm", "ended": "ended"}
 """The state of a run -> the reason of its report."""
+
+
+def reason_of(recording: Recording) -> str:
+    """Why there would be a report of it: what its process said at the end, else whether that lives."""
+    said = recording.status and _REASONS.get(recording.status.state)
+    return said or ("running" if recording.alive else "killed" if recording.alive is False else "unknown")
 
 
 def report_of(recording: Recording) -> Report:
     """The report of what a black box holds, diagnosed like any other."""
     header, history = recording.header, recording.history
     status = recording.status or Status()
-    reason = REASONS.get(status.state) or ("running" if recording.alive else "killed" if recording.alive is False else "unknown")
+    reason = reason_of(recording)
     noted = _noted(status, history)
     failure = noted or (unheard(recording) if reason in ("killed", "unknown") or recording.status is None else None)
     before = len(status.failures) if failure is None else 0

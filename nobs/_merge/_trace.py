@@ -15,7 +15,7 @@ from .._columns import ELEMENTS, FIRST, NORM, OUTPUT, OUTPUT_GRAD, PARAMETER, PA
 from .._history import History, bad_counts
 from .._load import is_black_box, load
 from .._ranks import Wrong
-from .._recover import REASONS
+from .._recover import reason_of
 from .._schema import OTHER_RANK, Failure
 
 _OWN = (OUTPUT, OUTPUT_GRAD)
@@ -72,7 +72,7 @@ def traced(file: Path, number: int) -> tuple[Trace, History]:
     if is_black_box(file):
         box = read(file)
         status = box.status
-        state = REASONS.get(status.state if status else "") or _by_life(box.alive)
+        state = reason_of(box)
         failures = status.failures if status else ()
         world_size, history, exception = box.header.world_size, box.history, status.exception if status else None
     else:
@@ -81,7 +81,7 @@ def traced(file: Path, number: int) -> tuple[Trace, History]:
         world_size, history, exception = report.world_size, report.history, report.exception
     own = _own_failure(failures, state, history)
     state = {"trigger": "failed" if own else "called", "manual": "unknown"}.get(state, state)
-    wrong = first_wrong(history)
+    bad = bad_counts(history.values, history.table) > 0
     outputs = history.table.of_kind[OUTPUT]
     trace = Trace(
         number,
@@ -90,11 +90,11 @@ def traced(file: Path, number: int) -> tuple[Trace, History]:
         state,
         own,
         exception,
-        wrong,
+        first_wrong(history, bad),
         history.steps,
         history.scalars.get("loss", np.full(len(history), np.nan)),
         history.given.get("loss", np.zeros(len(history), dtype=np.bool_)),
-        *_norms(history),
+        *_norms(history, bad),
         tuple(history.table.taps[line].layer for line in outputs),
     )
     return trace, history
@@ -111,14 +111,9 @@ def _own_failure(failures: Sequence[Failure], state: str, history: History) -> F
     return next(own, None)
 
 
-def _by_life(alive: bool | None) -> str:
-    return "running" if alive else "killed" if alive is False else "unknown"
-
-
-def _norms(history: History) -> tuple[Floats, NDArray[np.float32]]:
+def _norms(history: History, bad: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.float32]]:
     """Of all gradients of parameters together, and of each output: see Trace."""
     ran = np.isfinite(history.values[..., FIRST])
-    bad = bad_counts(history.values, history.table) > 0
     lines, outputs = history.table.of_kind[PARAMETER_GRAD], history.table.of_kind[OUTPUT]
     there = ran[:, lines] & (history.values[:, lines, ELEMENTS] > 0)
     squares = np.where(there & ~bad[:, lines], np.square(history.values[:, lines, NORM].astype(np.float64)), 0)
@@ -127,16 +122,18 @@ def _norms(history: History) -> tuple[Floats, NDArray[np.float32]]:
     return np.where(there.any(axis=1), gradient, -1.0), np.where(ran[:, outputs], norms, -1.0).astype(np.float32)
 
 
-def first_wrong(history: History) -> Wrong | None:
+def first_wrong(history: History, bad: NDArray[np.bool_]) -> Wrong | None:
     """What was not finite first, what is this rank's own before what a reduction may have brought in the same step.
 
     With a loss scale, gradients are no news: the scale is found by their overflows.
+
+    Args:
+        bad: `[T, taps]`, where a tap holds NaN or Inf and may not.
     """
     if not len(history):
         return None
-    bad = bad_counts(history.values, history.table) > 0
     if "loss_scale" in history.scalars:
-        bad &= ~history.table.are_gradients
+        bad = bad & ~history.table.are_gradients
     loss, given = history.scalars.get("loss"), history.given.get("loss")
     lost = given & ~np.isfinite(loss) if loss is not None and given is not None else np.zeros(len(history), dtype=np.bool_)
     rows = np.flatnonzero(bad.any(axis=1) | lost)

@@ -27,6 +27,14 @@ def empty_table(title: str, notes: Sequence[str]) -> Table:
     )
 
 
+def labelled_grid() -> Table:
+    """Rows of a bold label and a text that folds, without lines around them."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right", style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
 def print_page(
     parts: Callable[[Glyphs, int], Sequence[RenderableType]], *, file: IO[str] | None = None, width: int | None = None
 ) -> None:

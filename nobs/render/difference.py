@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from .._difference import APART, Difference, LayerDifference, Pair, Reading, ScalarDifference, Span, Spot
@@ -19,7 +18,7 @@ from .._schema import Report
 from . import _story
 from ._courses import courses
 from ._glyphs import Glyphs, figures
-from ._page import print_page
+from ._page import labelled_grid, print_page
 
 MOST_SCALARS, MOST_NAMED = 8, 4
 _NAME = 16  # the width of a scalar's name
@@ -51,7 +50,7 @@ def _parts(difference: Difference, runs: Sequence[tuple[Path, Report]], glyphs: 
 
 def _head(difference: Difference, runs: Sequence[tuple[Path, Report]], glyphs: Glyphs) -> RenderableType:
     """Which run is which and how it ended, the steps that are compared, and below them what was found."""
-    grid = _grid()
+    grid = labelled_grid()
     for side, (path, report) in zip("AB", runs, strict=True):
         origin = _story.origin(report)
         grid.add_row(side, Text(printable(str(path))))
@@ -60,13 +59,6 @@ def _head(difference: Difference, runs: Sequence[tuple[Path, Report]], glyphs: G
     lines = [Text(line, style="bold" if i == 0 else "", overflow="fold") for i, line in enumerate(sentences(difference))]
     panel = Panel(Group(*lines), title=Text("nobs: A against B", style="bold"), title_align="left", box=glyphs.frame)
     return Group(Padding(grid, (0, 0, 1, 1), expand=False), panel)
-
-
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right", style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid
 
 
 def _steps(difference: Difference) -> str:
@@ -154,7 +146,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _rest(difference: Difference, glyphs: Glyphs) -> RenderableType:
     """The scalars, those first that part first, and what only one of the runs has."""
-    grid = _grid()
+    grid = labelled_grid()
     parted = sorted((s for s in difference.scalars if s.parts), key=lambda scalar: scalar.parts.step if scalar.parts else 0)
     for scalar in parted[:MOST_SCALARS]:
         grid.add_row(Text(shortened([printable(scalar.name)], _NAME, glyphs.ellipsis)[0]), Text(_scalar(scalar)))

@@ -13,14 +13,13 @@ from typing import IO
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from .._names import cells, printable, shortened
 from .._ranks import STATES, Ranks, Word, folded, named
 from . import _story
 from ._glyphs import Glyphs, figures
-from ._page import empty_table, print_page
+from ._page import empty_table, labelled_grid, print_page
 from .terminal import body, footer
 
 MOST_ROWS = 12
@@ -160,9 +159,7 @@ def _wrong(word: Word) -> str:
 
 def _told(ranks: Ranks) -> RenderableType:
     """Why that rank, and what else is to be known of all of them."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right", style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled_grid()
     lines: list[tuple[str, str]] = [("ranks", ranks.first.why)] if ranks.first else []
     lines += [("late", f"{named(ranks.late)}: behind the others by two steps or more")] if ranks.late else []
     for apart in ranks.apart[:MOST_APART]:
@@ -187,9 +184,7 @@ def _whole_gradient(ranks: Ranks) -> float | None:
 
 
 def _files(ranks: Ranks, path: Path) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right", style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled_grid()
     grid.add_row("all", Text(printable(str(path))))
     grid.add_row("this", Text(printable(ranks.file)))
     grid.add_row("again", Text(f"nobs merge {printable(shlex.quote(str(path)))}"))

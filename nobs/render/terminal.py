@@ -24,7 +24,7 @@ from .._schema import Report
 from . import _story
 from ._glyphs import Glyphs, figures, sparkline
 from ._layers import layers
-from ._page import print_page
+from ._page import labelled_grid, print_page
 
 _OF_A_BOX = ("killed", "unknown", "running", "ended")
 """Reasons of a report that nothing but a black box tells of."""
@@ -99,9 +99,7 @@ def _last(report: Report) -> str | None:
 
 def _why(report: Report) -> RenderableType:
     """The findings, the first to believe first, each with its numbers; then what to do about that one."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right", style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled_grid()
     for i, finding in enumerate(report.findings[:MOST_FINDINGS]):
         label = "or" if i else "why"
         grid.add_row(label, Text.assemble((_story.cause(finding), "bold yellow"), f" ({finding.confidence:.0%} sure)"))
@@ -134,9 +132,7 @@ def _files(path: Path | None) -> RenderableType:
         return ""
     picture = path.with_suffix(".png")
     kind = "black box" if path.suffix == SUFFIX else "dump"
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right", style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = labelled_grid()
     grid.add_row(kind, Text(printable(str(path))))
     if picture.exists():
         grid.add_row("picture", Text(printable(str(picture))))
